@@ -1,0 +1,52 @@
+# make serve   installs what is needed and serves the demo model on port 8000 (PORT=, HOST=, MODEL=)
+# make test    installs the test extras and runs the tests
+# make check   format, lint, types, tests: what CI runs
+# make bench   speed of the demo model against a baseline and the memory bandwidth
+#
+# torch is installed first and pinned, so that nothing else chooses another build. On Linux the default
+# build carries CUDA; for a machine without a GPU, TORCH_INDEX= names PyTorch's index of CPU builds.
+
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= models/demo
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: serve test check lint bench clean
+
+serve: $(VENV)/.serve
+	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+bench: $(VENV)/.serve
+	$(BIN)/infmoe bench $(MODEL)
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Python 3.11 to 3.13 is needed; PYTHON= names one" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(PIP) -c constraints.txt -e ".[test]"
+	touch $@

@@ -1,0 +1,184 @@
+"""The small parts of a T5-family block: RMS norm, feed-forward, attention with relative positions.
+
+Shape letters: B batch, S source or key length, T target or query length, N tokens, D model width,
+F feed-forward width, H heads, K head width.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import ModelConfig
+
+
+class FeedForwardWeights(NamedTuple):
+    """Tensors of one feed-forward: norm (D,), wi_0 and wi_1 (F, D), wo (D, F). wi_1 is None where no gate is."""
+
+    norm: Tensor
+    wi_0: Tensor
+    wi_1: Tensor | None
+    wo: Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square over the last dimension, in fp32, and scale; no mean, no bias.
+
+    Source: RMSNorm (arXiv:1910.07467), as T5 and CPM-2 use it.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(weight_D.dtype) * weight_D
+
+
+def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig) -> Tensor:
+    """Compute FF(norm(x)) without the residual, for a dense block and for an expert alike. Returns (N, D).
+
+    The activated branch is wi_0; GELU is the tanh approximation.
+    """
+    normed_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
+    hidden_NF = F.linear(normed_ND, weights.wi_0)
+    if config.activation == "relu":
+        hidden_NF = F.relu(hidden_NF)
+    else:
+        hidden_NF = F.gelu(hidden_NF, approximate="tanh")
+    if weights.wi_1 is not None:
+        hidden_NF = hidden_NF * F.linear(normed_ND, weights.wi_1)
+    return F.linear(hidden_NF, weights.wo)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight (D,)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """The dense feed-forward sublayer: x + FF(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        if config.gated:
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        gate = self.wi_1.weight if self.config.gated else None
+        weights = FeedForwardWeights(self.norm.weight, self.wi_0.weight, gate, self.wo.weight)
+        return x + feed_forward(x, weights, self.config)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention sublayer without the 1/sqrt(K) scale (the T5 convention): x + O(attend(norm(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, config.d_model, bias=False)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of normed x, each (B, H, T, K)."""
+        q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, dim=-1)
+        return tuple(split_heads(part, self.num_heads) for part in (q, k, v))  # type: ignore[return-value]
+
+    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor) -> Tensor:
+        """Attend over x itself; the bias holds relative positions and mask."""
+        q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD)
+        return x_BTD + self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias_BHTT))
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention sublayer; keys and values of the encoder output are computed once per request."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.query = nn.Linear(config.d_model, inner, bias=False)
+        self.key_value = nn.Linear(config.d_model, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, config.d_model, bias=False)
+
+    def project(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder output, each (B, H, S, K)."""
+        k, v = self.key_value(encoded_BSD).chunk(2, dim=-1)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
+        """Attend over projected encoder output; the bias (B, 1, T or 1, S) is the mask."""
+        q_BHTK = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
+        return x_BTD + self.out(attend(q_BHTK, k_BHSK, v_BHSK, bias))
+
+
+def split_heads(x_BTI: Tensor, num_heads: int) -> Tensor:
+    """(B, T, H*K) to (B, H, T, K)."""
+    return x_BTI.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
+    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S). Returns (B, T, H*K)."""
+    out_BHTK = F.scaled_dot_product_attention(
+        q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype), scale=1.0
+    )
+    return out_BHTK.transpose(1, 2).flatten(2)
+
+
+def mask_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask: 0 where visible, the lowest finite number elsewhere (no NaN in rows without any key)."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+class RelativeBias(nn.Module):
+    """Learned attention bias per bucket of relative position and head, shared by all blocks of a stack."""
+
+    def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
+        super().__init__()
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_max_distance
+        self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
+
+    def forward(self, query_pos: Tensor, key_pos_S: Tensor) -> Tensor:
+        """Bias for query positions (T,) or (B, T) and key positions (S,): (H, T, S) or (B, H, T, S)."""
+        relative = key_pos_S - query_pos.unsqueeze(-1)
+        buckets = relative_buckets(
+            relative, self.weight.shape[0], self.max_distance, bidirectional=self.bidirectional
+        )
+        return F.embedding(buckets, self.weight).movedim(-1, -3)
+
+
+def relative_buckets(
+    relative: Tensor, num_buckets: int, max_distance: int, *, bidirectional: bool
+) -> Tensor:
+    """Bucket of key position minus query position; exact for near keys, logarithmic up to max_distance.
+
+    With 32 buckets and distance 128, bidirectional: -8 -> 8, -91 -> 15, 3 -> 19; else -16 -> 16, 5 -> 0.
+    Source: T5 (arXiv:1910.10683) s2.1.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        offset = (relative > 0).long() * num_buckets
+        distance = relative.abs()
+    else:
+        offset = torch.zeros_like(relative)
+        distance = (-relative).clamp(min=0)
+    exact = num_buckets // 2
+    span = math.log(max_distance / exact)
+    far = torch.log(distance.clamp(min=1).float() / exact) / span * (num_buckets - exact)
+    far = (exact + far.long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)

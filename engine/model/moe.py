@@ -1,0 +1,119 @@
+"""The mixture-of-experts layer and the seam behind which its experts live.
+
+Shape letters: N tokens, R tokens of one expert, D model width, F feed-forward width, E experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.model.layers import FeedForwardWeights, feed_forward, rms_norm
+
+Assign = Callable[[Tensor], Tensor]
+
+
+class ExpertSource(Protocol):
+    """Where the weights of experts come from."""
+
+    def stream(
+        self, layer: str, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, FeedForwardWeights]]:
+        """Yield each wanted expert of a layer ('encoder-0') once, in any order.
+
+        The weights are borrowed: they are valid until the next item is asked for.
+        """
+        ...
+
+
+def assign_greedy(scores_NE: Tensor) -> Tensor:
+    """Choose the expert with the highest score for each token; the lowest id wins a tie. Returns (N,), int64.
+
+    Source: InfMoE's inference rule; CPM-2 (arXiv:2106.10715) s2.3 balances in training only.
+    """
+    return scores_NE.argmax(-1)
+
+
+class MoELayer(nn.Module):
+    """Routes each token to one expert and adds that expert's output: y = x + FF_e(norm_e(x)).
+
+    cpm_2: scores are <norm(x), c_j>; default: <x, c_j>; base_layer: as default, and the sublayer's share is
+    a = sigmoid(<x, c_e>): y = a * (x + FF) + (1 - a) * x. Centroids are not trained by cpm_2 and default
+    (no gradient reaches them): a fixed projection that works as a locality-sensitive hash.
+
+    Source: CPM-2 (arXiv:2106.10715) s2.3; BASE layers (arXiv:2103.16716); InfMoE's three variants.
+    """
+
+    def __init__(self, config: ModelConfig, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.name = name
+        self.assign: Assign = assign_greedy
+        self.centroids = nn.Parameter(
+            torch.empty(config.num_experts, config.d_model), requires_grad=config.router == "base_layer"
+        )
+        if config.router == "cpm_2":
+            self.register_buffer("router_norm", torch.ones(config.d_model))
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """Affinity of each token to each expert, (N, E), in fp32 whatever the dtype of the model."""
+        if self.config.router == "cpm_2":
+            x_ND = rms_norm(x_ND, self.router_norm, self.config.norm_eps)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return x_ND.float() @ self.centroids.float().T
+
+    def forward(self, x: Tensor, experts: ExpertSource) -> Tensor:
+        """Map (..., D) to (..., D); tokens are routed one by one, whatever the leading dimensions."""
+        x_ND = x.flatten(0, -2)
+        scores_NE = self.scores(x_ND)
+        expert_N = self.assign(scores_NE.detach())
+        order_N = expert_N.argsort(stable=True)
+        counts_E = torch.bincount(expert_N, minlength=self.config.num_experts).tolist()
+        rows = dict(enumerate(order_N.split(counts_E)))
+        wanted = [expert for expert in rows if counts_E[expert]]
+        rows_seen, parts = [], []
+        for expert, weights in experts.stream(self.name, wanted):
+            rows_R = rows[expert]
+            parts.append(feed_forward(x_ND[rows_R], weights, self.config))
+            rows_seen.append(rows_R)
+        back_N = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
+        update_ND = torch.cat(parts)[back_N]
+        if self.config.router == "base_layer":
+            chosen_N1 = scores_NE.gather(1, expert_N.unsqueeze(1))
+            update_ND = update_ND * torch.sigmoid(chosen_N1).to(update_ND.dtype)
+        return x + update_ND.view_as(x)
+
+
+class ResidentExperts(nn.Module):
+    """All experts as parameters of the module: for training, for small models, and the oracle of offloading.
+
+    Per layer the stacked tensors norm (E, D), wi_0 and wi_1 (E, F, D), wo (E, D, F).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for layer in config.moe_layers():
+            self.layers[layer] = nn.ParameterDict(
+                {
+                    name: nn.Parameter(torch.empty(config.num_experts, *shape))
+                    for name, shape in config.expert_shapes().items()
+                }
+            )
+
+    def stream(
+        self, layer: str, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, FeedForwardWeights]]:
+        """Yield the wanted experts in the order given."""
+        tensors = self.layers[layer]
+        assert isinstance(tensors, nn.ParameterDict)
+        for expert in wanted:
+            gate = tensors["wi_1"][expert] if "wi_1" in tensors else None
+            yield (
+                expert,
+                FeedForwardWeights(
+                    tensors["norm"][expert], tensors["wi_0"][expert], gate, tensors["wo"][expert]
+                ),
+            )

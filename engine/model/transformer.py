@@ -1,0 +1,233 @@
+"""The encoder-decoder: one readable module that trains and serves, dense or mixture-of-experts.
+
+Shape letters: B batch, S source length, T target length, D model width, H heads, K head width, V vocabulary.
+Segments number the documents packed into one row, from 1; 0 is padding. A mask is a row with one document.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.config import ModelConfig, Stack
+from engine.model.layers import (
+    CrossAttention,
+    FeedForward,
+    RelativeBias,
+    RMSNorm,
+    SelfAttention,
+    attend,
+    mask_bias,
+)
+from engine.model.moe import ExpertSource, MoELayer, ResidentExperts
+
+
+class Block(nn.Module):
+    """One layer of a stack: self-attention, in the decoder cross-attention, feed-forward or MoE."""
+
+    def __init__(self, config: ModelConfig, stack: Stack, index: int) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(config)
+        if stack == "decoder":
+            self.cross_attention = CrossAttention(config)
+        if config.num_experts:
+            self.moe = MoELayer(config, f"{stack}-{index}")
+        else:
+            self.feed_forward = FeedForward(config)
+
+    def transform(self, x: Tensor, experts: ExpertSource | None) -> Tensor:
+        """The feed-forward half of the block."""
+        if experts is None:
+            return self.feed_forward(x)  # type: ignore[no-any-return]
+        return self.moe(x, experts)  # type: ignore[no-any-return]
+
+
+class StackModule(nn.Module):
+    """The blocks of encoder or decoder, their shared relative bias and the final norm."""
+
+    def __init__(self, config: ModelConfig, stack: Stack) -> None:
+        super().__init__()
+        self.relative_bias = RelativeBias(config, bidirectional=stack == "encoder")
+        self.layers = nn.ModuleList(Block(config, stack, i) for i in range(config.num_layers(stack)))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def blocks(self) -> list[Block]:
+        """The layers, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class DecoderCache:
+    """Keys and values of B decoder rows. Self-attention tensors are allocated once for `capacity` positions.
+
+    lengths_B counts the positions that each row has filled; rows may differ.
+    """
+
+    self_keys: list[Tensor]  # per layer (B, H, capacity, K)
+    self_values: list[Tensor]
+    cross_keys: list[Tensor]  # per layer (B, H, S, K)
+    cross_values: list[Tensor]
+    cross_bias: Tensor  # (B, 1, 1, S)
+    lengths_B: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each row can hold."""
+        return self.self_keys[0].shape[2]
+
+    def select(self, rows: Tensor) -> "DecoderCache":
+        """A new cache of the given rows (ids, may repeat)."""
+        return DecoderCache(
+            [t[rows] for t in self.self_keys],
+            [t[rows] for t in self.self_values],
+            [t[rows] for t in self.cross_keys],
+            [t[rows] for t in self.cross_values],
+            self.cross_bias[rows],
+            self.lengths_B[rows],
+        )
+
+
+class Transformer(nn.Module):
+    """CPM-2, T5 and mT5: pre-norm, RMS norm, relative positions, no biases.
+
+    `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its own.
+    """
+
+    def __init__(self, config: ModelConfig, experts: ExpertSource | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = StackModule(config, "encoder")
+        self.decoder = StackModule(config, "decoder")
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.num_experts and experts is None:
+            experts = ResidentExperts(config)
+        self.experts = experts if config.num_experts else None
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers in the order of computation."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
+    def encode(self, tokens_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """Run the encoder. Returns (B, S, D), normed; rows of padding hold no meaning."""
+        x_BSD = self.embedding(tokens_BS)
+        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        same_B1SS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)).unsqueeze(1)
+        bias = self.encoder.relative_bias(positions_S, positions_S)
+        bias = bias + mask_bias(same_B1SS, bias.dtype)
+        for block in self.encoder.blocks():
+            x_BSD = block.transform(block.self_attention(x_BSD, bias), self.experts)
+        return self.encoder.norm(x_BSD)  # type: ignore[no-any-return]
+
+    def decode(
+        self, tokens_BT: Tensor, segments_BT: Tensor, encoded_BSD: Tensor, segments_BS: Tensor
+    ) -> Tensor:
+        """Run the decoder over whole rows, without a cache (training, scoring). Returns (B, T, D), normed."""
+        x_BTD = self.embedding(tokens_BT)
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        same_BTT = segments_BT.unsqueeze(1) == segments_BT.unsqueeze(2)
+        causal_TT = positions_T.unsqueeze(1) >= positions_T
+        bias = self.decoder.relative_bias(positions_T, positions_T)
+        bias = bias + mask_bias((same_BTT & causal_TT).unsqueeze(1), bias.dtype)
+        cross_BTS = segments_BT.unsqueeze(2) == segments_BS.unsqueeze(1)
+        cross_bias = mask_bias(cross_BTS.unsqueeze(1), bias.dtype)
+        for block in self.decoder.blocks():
+            x_BTD = block.self_attention(x_BTD, bias)
+            keys, values = block.cross_attention.project(encoded_BSD)
+            x_BTD = block.cross_attention(x_BTD, keys, values, cross_bias)
+            x_BTD = block.transform(x_BTD, self.experts)
+        return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def start_cache(self, encoded_BSD: Tensor, segments_BS: Tensor, capacity: int) -> DecoderCache:
+        """Project the encoder output for all decoder layers and allocate `capacity` positions per row."""
+        blocks = self.decoder.blocks()
+        cross = [block.cross_attention.project(encoded_BSD) for block in blocks]
+        shape = (len(encoded_BSD), self.config.num_heads, capacity, self.config.d_kv)
+        return DecoderCache(
+            [encoded_BSD.new_zeros(shape) for _ in blocks],
+            [encoded_BSD.new_zeros(shape) for _ in blocks],
+            [keys.contiguous() for keys, _ in cross],
+            [values.contiguous() for _, values in cross],
+            mask_bias((segments_BS > 0)[:, None, None, :], encoded_BSD.dtype),
+            torch.zeros(len(encoded_BSD), dtype=torch.int64, device=encoded_BSD.device),
+        )
+
+    def step(self, tokens_BT: Tensor, cache: DecoderCache) -> Tensor:
+        """Append T tokens to every row of the cache. Returns (B, T, D), normed.
+
+        Row b's new tokens stand at positions lengths_B[b] .. lengths_B[b] + T - 1.
+        Raises ValueError if a row would outgrow the capacity of the cache.
+        """
+        num_new = tokens_BT.shape[1]
+        needed = int(cache.lengths_B.max()) + num_new
+        if needed > cache.capacity:
+            raise ValueError(f"{needed} positions do not fit the cache of {cache.capacity}")
+        new_T = torch.arange(num_new, device=tokens_BT.device)
+        position_BT = cache.lengths_B.unsqueeze(1) + new_T
+        row_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
+        key_pos_S = torch.arange(needed, device=tokens_BT.device)
+        bias = self.decoder.relative_bias(position_BT, key_pos_S)
+        visible_B1TS = (key_pos_S <= position_BT.unsqueeze(-1)).unsqueeze(1)
+        bias = bias + mask_bias(visible_B1TS, bias.dtype)
+        x_BTD = self.embedding(tokens_BT)
+        for index, block in enumerate(self.decoder.blocks()):
+            q_BHTK, k_BHTK, v_BHTK = block.self_attention.project(x_BTD)
+            keys, values = cache.self_keys[index], cache.self_values[index]
+            keys[row_B1, :, position_BT] = k_BHTK.transpose(1, 2)
+            values[row_B1, :, position_BT] = v_BHTK.transpose(1, 2)
+            mixed = attend(q_BHTK, keys[:, :, :needed], values[:, :, :needed], bias)
+            x_BTD = x_BTD + block.self_attention.out(mixed)
+            x_BTD = block.cross_attention(
+                x_BTD, cache.cross_keys[index], cache.cross_values[index], cache.cross_bias
+            )
+            x_BTD = block.transform(x_BTD, self.experts)
+        cache.lengths_B += num_new
+        return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of the next token for normed decoder states (..., D)."""
+        if self.config.scale_logits:
+            hidden = hidden * self.config.d_model**-0.5
+        head = self.embedding.weight if self.config.tied_embeddings else self.lm_head.weight
+        return F.linear(hidden, head)
+
+    def forward(
+        self, tokens_BS: Tensor, segments_BS: Tensor, tokens_BT: Tensor, segments_BT: Tensor
+    ) -> Tensor:
+        """Teacher-forced logits (B, T, V)."""
+        encoded_BSD = self.encode(tokens_BS, segments_BS)
+        return self.logits(self.decode(tokens_BT, segments_BT, encoded_BSD, segments_BS))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones counted once; works on the meta device."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int, centroid_gain: float = 0.01) -> None:
+    """Fill a model with random weights: T5's scales, and orthogonal centroids of the given gain.
+
+    Without the 1/sqrt(K) scale in attention, queries start smaller by that factor.
+    Source: T5 (mesh-tensorflow) initialisers; CPM-2's orthogonal 0.01 centroids.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    inner = config.num_heads * config.d_kv
+    narrow, wide = config.d_model**-0.5, config.d_ff**-0.5
+    scales = {"out.weight": inner**-0.5, "wo.weight": wide, ".wo": wide, "embedding.weight": 1.0}
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight") or name.endswith(".norm"):
+            weight.fill_(1.0)
+            continue
+        if name.endswith("centroids"):
+            nn.init.orthogonal_(weight, gain=centroid_gain, generator=generator)
+            continue
+        std = next((scale for end, scale in scales.items() if name.endswith(end)), narrow)
+        weight.normal_(0.0, std, generator=generator)
+        if name.endswith("qkv.weight"):
+            weight[:inner] *= config.d_kv**-0.5
+        elif name.endswith("query.weight"):
+            weight *= config.d_kv**-0.5
