@@ -1,4 +1,4 @@
-"""What a model is: sizes, variants and special ids, as `config.json` of the native directory tells."""
+"""What a model is: sizes, variants and special ids, as the native `config.json` tells."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -19,12 +19,13 @@ FORMAT_VERSION = 1
 class ModelConfig:
     """Sizes and variants of one encoder-decoder of the T5 family. Widths in elements.
 
-    `num_experts` 0 means dense; otherwise every feed-forward of both stacks is a MoE layer, routed by
-    `router` (cpm_2, base_layer, default: the variants of InfMoE). `scale_logits` multiplies the last
-    hidden state by d_model ** -0.5 (T5 v1.0). `max_positions` is the longest encoder input that the model
-    was trained on; relative positions set no hard limit. `continuation_sentinel` is the index of the
-    sentinel that ends an encoder text to be continued (0 CPM-2, -1 the last one: CPM-2.1), None for a
-    model that takes the text as it is and closes it with the first of `eos_token_ids` (T5).
+    `num_experts` 0 means dense; otherwise every feed-forward of both stacks is a MoE layer, routed
+    by `router` (cpm_2, base_layer, default: the variants of InfMoE). `scale_logits` multiplies the
+    last hidden state by d_model ** -0.5 (T5 v1.0). `max_positions` is the longest encoder input
+    that the model was trained on; relative positions set no hard limit. `continuation_sentinel` is
+    the index of the sentinel that ends an encoder text to be continued (0 CPM-2, -1 the last one:
+    CPM-2.1), None for a model that takes the text as it is and closes it with the first of
+    `eos_token_ids` (T5).
 
     Source: CPM-2 (arXiv:2106.10715) table 1; T5 (arXiv:1910.10683).
     """
@@ -59,9 +60,13 @@ class ModelConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
         if isinstance(self.num_experts, bool) or self.num_experts < 0 or self.num_experts == 1:
-            raise ConfigError(f"num_experts is {self.num_experts!r}; it must be 0 (dense) or at least 2")
+            raise ConfigError(
+                f"num_experts is {self.num_experts!r}; it must be 0 (dense) or at least 2"
+            )
         if self.relative_buckets % 4 or self.relative_max_distance <= self.relative_buckets // 2:
             raise ConfigError(
                 f"relative_buckets {self.relative_buckets} must divide by 4 and its half lie below "
@@ -70,14 +75,16 @@ class ModelConfig:
         ids = (self.pad_token_id, self.decoder_start_token_id, *self.eos_token_ids)
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
-                raise ConfigError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+                raise ConfigError(
+                    f"token id {token_id} is outside the vocabulary of {self.vocab_size}"
+                )
 
     def num_layers(self, stack: Stack) -> int:
         """Number of blocks of a stack."""
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
 
     def moe_layers(self) -> list[str]:
-        """Names of the MoE layers ('encoder-0', ..., 'decoder-0', ...) in the order of computation."""
+        """Names of the MoE layers in order of computation: 'encoder-0', ..., 'decoder-0', ..."""
         if not self.num_experts:
             return []
         stacks: tuple[Stack, ...] = ("encoder", "decoder")
@@ -94,7 +101,10 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Text of `config.json`."""
-        return json.dumps({"format": "infmoe", "version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+        return (
+            json.dumps({"format": "infmoe", "version": FORMAT_VERSION, **asdict(self)}, indent=2)
+            + "\n"
+        )
 
 
 POSITIVE_FIELDS = (
@@ -131,6 +141,9 @@ def config_from_dict(values: dict[str, object]) -> ModelConfig:
         wrong_bool = isinstance(value, bool) and hints[key] is not bool
         if expected and (wrong_bool or not isinstance(value, expected)):
             raise ConfigError(f"{key} is {value!r}; expected {hints[key].__name__}")
+    sentinel = values.get("continuation_sentinel", 0)
+    if sentinel is not None and type(sentinel) is not int:
+        raise ConfigError(f"continuation_sentinel is {sentinel!r}; expected a whole number or null")
     eos = values.get("eos_token_ids", ())
     if not isinstance(eos, (list, tuple)) or not all(type(item) is int for item in eos):
         raise ConfigError(f"eos_token_ids is {eos!r}; expected a list of token ids")
@@ -154,7 +167,8 @@ def read_config(path: Path) -> ModelConfig:
         raise ConfigError(f'{path}: not a native config: no "format": "infmoe"')
     if values.get("version") != FORMAT_VERSION:
         raise ConfigError(
-            f"{path}: version {values.get('version')!r} is not {FORMAT_VERSION}; upgrade InfMoE or convert again"
+            f"{path}: version {values.get('version')!r} is not {FORMAT_VERSION}; "
+            "upgrade InfMoE or convert again"
         )
     try:
         return config_from_dict(values)

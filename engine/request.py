@@ -15,8 +15,8 @@ MAX_STOP_STRINGS = 16
 class SamplingParams:
     """How the next token is chosen and when to end.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep everything. `max_tokens` counts generated tokens.
-    `seed` None draws a fresh one. `stop` strings end the text and are not part of it.
+    temperature 0 is greedy; top_k 0 and top_p 1 keep everything. `max_tokens` counts generated
+    tokens. `seed` None draws a fresh one. `stop` strings end the text and are not part of it.
     """
 
     max_tokens: int = 64
@@ -28,7 +28,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1", "max_tokens")
+            raise RequestError(
+                f"max_tokens is {self.max_tokens}; it must be at least 1", "max_tokens"
+            )
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise RequestError(f"temperature is {self.temperature}; allowed: 0 to 2", "temperature")
         if self.top_k < 0:
@@ -45,8 +47,8 @@ class SamplingParams:
 class Request:
     """One generation: encoder ids, what the decoder starts with, and how to go on.
 
-    `num_blanks` 0 continues the text; above 0 the encoder text holds that many sentinels and the answers
-    are read between them.
+    `num_blanks` 0 continues the text; above 0 the encoder text holds that many sentinels and the
+    answers are read between them.
     """
 
     request_id: str

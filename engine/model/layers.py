@@ -15,7 +15,10 @@ from engine.config import ModelConfig
 
 
 class FeedForwardWeights(NamedTuple):
-    """Tensors of one feed-forward: norm (D,), wi_0 and wi_1 (F, D), wo (D, F). wi_1 is None where no gate is."""
+    """Tensors of one feed-forward.
+
+    Norm (D,), wi_0 and wi_1 (F, D), wo (D, F); wi_1 None: no gate.
+    """
 
     norm: Tensor
     wi_0: Tensor
@@ -34,7 +37,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig) -> Tensor:
-    """Compute FF(norm(x)) without the residual, for a dense block and for an expert alike. Returns (N, D).
+    """Compute FF(norm(x)) without the residual, for a dense block and for an expert alike.
+
+    Returns (N, D).
 
     The activated branch is wi_0; GELU is the tanh approximation.
     """
@@ -82,7 +87,10 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention sublayer without the 1/sqrt(K) scale (the T5 convention): x + O(attend(norm(x)))."""
+    """Self-attention sublayer without the 1/sqrt(K) scale (the T5 convention).
+
+    X + O(attend(norm(x))).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,11 +108,15 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTD: Tensor, bias_BHTT: Tensor) -> Tensor:
         """Attend over x itself; the bias holds relative positions and mask."""
         q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD)
-        return x_BTD + self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias_BHTT))
+        mixed: Tensor = self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias_BHTT))
+        return x_BTD + mixed
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention sublayer; keys and values of the encoder output are computed once per request."""
+    """Cross-attention sublayer.
+
+    Keys and values of the encoder output are computed once per request.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,16 +135,21 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
         """Attend over projected encoder output; the bias (B, 1, T or 1, S) is the mask."""
         q_BHTK = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
-        return x_BTD + self.out(attend(q_BHTK, k_BHSK, v_BHSK, bias))
+        mixed: Tensor = self.out(attend(q_BHTK, k_BHSK, v_BHSK, bias))
+        return x_BTD + mixed
 
 
 def split_heads(x_BTI: Tensor, num_heads: int) -> Tensor:
     """(B, T, H*K) to (B, H, T, K)."""
-    return x_BTI.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    rows, length, inner = x_BTI.shape
+    return x_BTI.view(rows, length, num_heads, inner // num_heads).transpose(1, 2)
 
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
-    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S). Returns (B, T, H*K)."""
+    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S).
+
+    Returns (B, T, H*K).
+    """
     out_BHTK = F.scaled_dot_product_attention(
         q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype), scale=1.0
     )
@@ -140,12 +157,15 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tens
 
 
 def mask_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask: 0 where visible, the lowest finite number elsewhere (no NaN in rows without any key)."""
+    """Additive mask.
+
+    0 where visible, the lowest finite number elsewhere (no NaN in rows without any key).
+    """
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 class RelativeBias(nn.Module):
-    """Learned attention bias per bucket of relative position and head, shared by all blocks of a stack."""
+    """Learned attention bias per bucket of relative position and head, one for a whole stack."""
 
     def __init__(self, config: ModelConfig, *, bidirectional: bool) -> None:
         super().__init__()
@@ -154,7 +174,10 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
 
     def forward(self, query_pos: Tensor, key_pos_S: Tensor) -> Tensor:
-        """Bias for query positions (T,) or (B, T) and key positions (S,): (H, T, S) or (B, H, T, S)."""
+        """Bias for query positions (T,) or (B, T) and key positions (S,).
+
+        (H, T, S) or (B, H, T, S).
+        """
         relative = key_pos_S - query_pos.unsqueeze(-1)
         buckets = relative_buckets(
             relative, self.weight.shape[0], self.max_distance, bidirectional=self.bidirectional
@@ -165,9 +188,12 @@ class RelativeBias(nn.Module):
 def relative_buckets(
     relative: Tensor, num_buckets: int, max_distance: int, *, bidirectional: bool
 ) -> Tensor:
-    """Bucket of key position minus query position; exact for near keys, logarithmic up to max_distance.
+    """Bucket of key position minus query position.
 
-    With 32 buckets and distance 128, bidirectional: -8 -> 8, -91 -> 15, 3 -> 19; else -16 -> 16, 5 -> 0.
+    Exact for near keys, logarithmic up to max_distance.
+
+    With 32 buckets and distance 128, bidirectional: -8 -> 8, -91 -> 15, 3 -> 19; else -16 -> 16, 5
+    -> 0.
     Source: T5 (arXiv:1910.10683) s2.1.
     """
     if bidirectional:

@@ -18,9 +18,7 @@ Assign = Callable[[Tensor], Tensor]
 class ExpertSource(Protocol):
     """Where the weights of experts come from."""
 
-    def stream(
-        self, layer: str, wanted: Sequence[int]
-    ) -> Iterator[tuple[int, FeedForwardWeights]]:
+    def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
         """Yield each wanted expert of a layer ('encoder-0') once, in any order.
 
         The weights are borrowed: they are valid until the next item is asked for.
@@ -29,7 +27,9 @@ class ExpertSource(Protocol):
 
 
 def assign_greedy(scores_NE: Tensor) -> Tensor:
-    """Choose the expert with the highest score for each token; the lowest id wins a tie. Returns (N,), int64.
+    """Choose the expert with the highest score for each token.
+
+    The lowest id wins a tie. Returns (N,), int64.
 
     Source: InfMoE's inference rule; CPM-2 (arXiv:2106.10715) s2.3 balances in training only.
     """
@@ -39,9 +39,10 @@ def assign_greedy(scores_NE: Tensor) -> Tensor:
 class MoELayer(nn.Module):
     """Routes each token to one expert and adds that expert's output: y = x + FF_e(norm_e(x)).
 
-    cpm_2: scores are <norm(x), c_j>; default: <x, c_j>; base_layer: as default, and the sublayer's share is
-    a = sigmoid(<x, c_e>): y = a * (x + FF) + (1 - a) * x. Centroids are not trained by cpm_2 and default
-    (no gradient reaches them): a fixed projection that works as a locality-sensitive hash.
+    cpm_2: scores are <norm(x), c_j>; default: <x, c_j>; base_layer: as default, and the sublayer's
+    share is a = sigmoid(<x, c_e>): y = a * (x + FF) + (1 - a) * x. Centroids are not trained by
+    cpm_2 and default (no gradient reaches them): a fixed projection that works as a
+    locality-sensitive hash.
 
     Source: CPM-2 (arXiv:2106.10715) s2.3; BASE layers (arXiv:2103.16716); InfMoE's three variants.
     """
@@ -51,27 +52,32 @@ class MoELayer(nn.Module):
         self.config = config
         self.name = name
         self.assign: Assign = assign_greedy
+        self.router_norm: Tensor
         self.centroids = nn.Parameter(
-            torch.empty(config.num_experts, config.d_model), requires_grad=config.router == "base_layer"
+            torch.empty(config.num_experts, config.d_model),
+            requires_grad=config.router == "base_layer",
         )
         if config.router == "cpm_2":
             self.register_buffer("router_norm", torch.ones(config.d_model))
 
     def scores(self, x_ND: Tensor) -> Tensor:
-        """Affinity of each token to each expert, (N, E), in fp32 whatever the dtype of the model."""
+        """Affinity of each token to each expert, (N, E); in fp32, whatever the model is in."""
         if self.config.router == "cpm_2":
             x_ND = rms_norm(x_ND, self.router_norm, self.config.norm_eps)
         with torch.autocast(x_ND.device.type, enabled=False):
             return x_ND.float() @ self.centroids.float().T
 
     def forward(self, x: Tensor, experts: ExpertSource) -> Tensor:
-        """Map (..., D) to (..., D); tokens are routed one by one, whatever the leading dimensions."""
+        """Map (..., D) to (..., D).
+
+        Tokens are routed one by one, whatever the leading dimensions.
+        """
         x_ND = x.flatten(0, -2)
         scores_NE = self.scores(x_ND)
         expert_N = self.assign(scores_NE.detach())
         order_N = expert_N.argsort(stable=True)
         counts_E = torch.bincount(expert_N, minlength=self.config.num_experts).tolist()
-        rows = dict(enumerate(order_N.split(counts_E)))
+        rows = dict(enumerate(torch.split(order_N, counts_E)))
         wanted = [expert for expert in rows if counts_E[expert]]
         rows_seen, parts = [], []
         for expert, weights in experts.stream(self.name, wanted):
@@ -87,7 +93,9 @@ class MoELayer(nn.Module):
 
 
 class ResidentExperts(nn.Module):
-    """All experts as parameters of the module: for training, for small models, and the oracle of offloading.
+    """All experts as parameters of the module.
+
+    For training, for small models, and the oracle of offloading.
 
     Per layer the stacked tensors norm (E, D), wi_0 and wi_1 (E, F, D), wo (E, D, F).
     """
@@ -103,9 +111,7 @@ class ResidentExperts(nn.Module):
                 }
             )
 
-    def stream(
-        self, layer: str, wanted: Sequence[int]
-    ) -> Iterator[tuple[int, FeedForwardWeights]]:
+    def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
         """Yield the wanted experts in the order given."""
         tensors = self.layers[layer]
         assert isinstance(tensors, nn.ParameterDict)

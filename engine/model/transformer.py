@@ -1,7 +1,8 @@
 """The encoder-decoder: one readable module that trains and serves, dense or mixture-of-experts.
 
-Shape letters: B batch, S source length, T target length, D model width, H heads, K head width, V vocabulary.
-Segments number the documents packed into one row, from 1; 0 is padding. A mask is a row with one document.
+Shape letters: B batch, S source length, T target length, D model width, H heads, K head width, V
+vocabulary. Segments number the documents packed into one row, from 1; 0 is padding. A mask is a row
+with one document.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ class StackModule(nn.Module):
     def __init__(self, config: ModelConfig, stack: Stack) -> None:
         super().__init__()
         self.relative_bias = RelativeBias(config, bidirectional=stack == "encoder")
-        self.layers = nn.ModuleList(Block(config, stack, i) for i in range(config.num_layers(stack)))
+        self.layers = nn.ModuleList(
+            Block(config, stack, i) for i in range(config.num_layers(stack))
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
     def blocks(self) -> list[Block]:
@@ -59,7 +62,9 @@ class StackModule(nn.Module):
 
 @dataclass(slots=True)
 class DecoderCache:
-    """Keys and values of B decoder rows. Self-attention tensors are allocated once for `capacity` positions.
+    """Keys and values of B decoder rows.
+
+    Self-attention tensors are allocated once for `capacity` positions.
 
     lengths_B counts the positions that each row has filled; rows may differ.
     """
@@ -91,7 +96,8 @@ class DecoderCache:
 class Transformer(nn.Module):
     """CPM-2, T5 and mT5: pre-norm, RMS norm, relative positions, no biases.
 
-    `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its own.
+    `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its
+    own.
     """
 
     def __init__(self, config: ModelConfig, experts: ExpertSource | None = None) -> None:
@@ -124,7 +130,10 @@ class Transformer(nn.Module):
     def decode(
         self, tokens_BT: Tensor, segments_BT: Tensor, encoded_BSD: Tensor, segments_BS: Tensor
     ) -> Tensor:
-        """Run the decoder over whole rows, without a cache (training, scoring). Returns (B, T, D), normed."""
+        """Run the decoder over whole rows, without a cache (training, scoring).
+
+        Returns (B, T, D), normed.
+        """
         x_BTD = self.embedding(tokens_BT)
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         same_BTT = segments_BT.unsqueeze(1) == segments_BT.unsqueeze(2)
@@ -141,7 +150,7 @@ class Transformer(nn.Module):
         return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
 
     def start_cache(self, encoded_BSD: Tensor, segments_BS: Tensor, capacity: int) -> DecoderCache:
-        """Project the encoder output for all decoder layers and allocate `capacity` positions per row."""
+        """Project the encoder output for all layers and allocate `capacity` positions per row."""
         blocks = self.decoder.blocks()
         cross = [block.cross_attention.project(encoded_BSD) for block in blocks]
         shape = (len(encoded_BSD), self.config.num_heads, capacity, self.config.d_kv)
@@ -219,7 +228,7 @@ def initialize(model: Transformer, seed: int, centroid_gain: float = 0.01) -> No
     narrow, wide = config.d_model**-0.5, config.d_ff**-0.5
     scales = {"out.weight": inner**-0.5, "wo.weight": wide, ".wo": wide, "embedding.weight": 1.0}
     for name, weight in model.named_parameters():
-        if name.endswith("norm.weight") or name.endswith(".norm"):
+        if name.endswith(("norm.weight", ".norm")):
             weight.fill_(1.0)
             continue
         if name.endswith("centroids"):
@@ -228,6 +237,6 @@ def initialize(model: Transformer, seed: int, centroid_gain: float = 0.01) -> No
         std = next((scale for end, scale in scales.items() if name.endswith(end)), narrow)
         weight.normal_(0.0, std, generator=generator)
         if name.endswith("qkv.weight"):
-            weight[:inner] *= config.d_kv**-0.5
+            weight[:inner].mul_(config.d_kv**-0.5)
         elif name.endswith("query.weight"):
-            weight *= config.d_kv**-0.5
+            weight.mul_(config.d_kv**-0.5)

@@ -1,0 +1,279 @@
+"""Named tensors in safetensors files: one `model.safetensors`, or shards that an index lists."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from offload.errors import StoreError
+from offload.store import BlobLayout
+
+Shape = tuple[int, ...]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@contextmanager
+def translated(path: Path, what: str) -> Iterator[None]:
+    """Turn the errors of the file system, of safetensors and of offload into CheckpointError.
+
+    `what` completes "PATH: cannot be ...".
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{path}: cannot be {what}: {reason}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: truncated or no safetensors file ({error}); copy or download it again"
+        ) from error
+    except StoreError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def check_tensor(where: str, key: str, tensor: Tensor, expected: Shape) -> None:
+    """Raise CheckpointError, naming expected and found, unless floats of that shape."""
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(
+            f"{where}: {key} has shape {list(tensor.shape)}, expected {list(expected)} by config"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise CheckpointError(f"{where}: {key} is {tensor.dtype}, expected one of {allowed}")
+
+
+def convert_tensor(where: str, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of the dtype. Raises CheckpointError if finite values become infinite."""
+    result = tensor.to(dtype).contiguous()
+    narrows = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrows and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
+        raise CheckpointError(f"{where}: {key} has values too large for {dtype}; use bfloat16")
+    return result
+
+
+def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a contiguous tensor, shared, not copied."""
+    result: NDArray[np.uint8] = tensor.detach().cpu().flatten().view(torch.uint8).numpy()
+    return result
+
+
+def blob_tensors(blob: NDArray[np.uint8], layout: BlobLayout) -> dict[str, Tensor]:
+    """The tensors of an expert as views of its blob."""
+    return {
+        spec.name: torch.from_numpy(blob[spec.offset : spec.offset + spec.nbytes])
+        .view(DTYPES[spec.dtype])
+        .view(spec.shape)
+        for spec in layout.tensors
+    }
+
+
+class _Slice(Protocol):
+    """safetensors' view of a tensor that is not read."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+
+
+class _Handle(Protocol):
+    """safetensors' open file, typed."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+    def get_slice(self, name: str) -> _Slice: ...
+
+
+class TensorFiles:
+    """The tensors of a set of open safetensors files, read one at a time."""
+
+    def __init__(self, paths: Mapping[str, Path], handles: Mapping[Path, _Handle]) -> None:
+        self._paths = paths
+        self._handles = handles
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order of their names."""
+        return tuple(sorted(self._handles))
+
+    def names(self) -> list[str]:
+        """The keys, sorted."""
+        return sorted(self._paths)
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._paths[name]
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor that is not read."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor that is not read. Raises CheckpointError if missing or no float."""
+        if name not in self._paths:
+            raise CheckpointError(f"{self.files[0]}: there is no tensor {name}")
+        found = self._slice(name).get_dtype()
+        if found not in DTYPES:
+            raise CheckpointError(f"{self._paths[name]}: {name} is {found}, expected a float dtype")
+        return DTYPES[found]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor into memory of its own (safetensors hands out views of the mapped file)."""
+        path = self._paths[name]
+        with translated(path, "read"):
+            return self._handles[path].get_tensor(name).clone()
+
+    def _slice(self, name: str) -> _Slice:
+        return self._handles[self._paths[name]].get_slice(name)
+
+
+def open_tensor_files(directory: Path) -> TensorFiles:
+    """Open the safetensors files of a directory; every key is looked up, no tensor is read.
+
+    Raises CheckpointError if there are none, a shard is missing or damaged, or the index is wrong.
+    """
+    if (directory / INDEX).exists():
+        weight_map = read_index(directory / INDEX)
+        handles = {path: _open(path) for path in sorted(set(weight_map.values()))}
+        for path, handle in handles.items():
+            listed = {name for name, place in weight_map.items() if place == path}
+            if wrong := sorted(listed ^ set(handle.keys())):
+                raise CheckpointError(
+                    f"{directory / INDEX}: disagrees with {path.name}: {wrong[0]}"
+                )
+        return TensorFiles(weight_map, handles)
+    path = directory / SINGLE
+    if not path.exists():
+        raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}")
+    handle = _open(path)
+    return TensorFiles(dict.fromkeys(handle.keys(), path), {path: handle})
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Read name -> shard; a shard anywhere but beside the index is refused."""
+    with translated(path, "read"):
+        text = path.read_bytes()
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        return {str(name): path.with_name(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no index of shards with a weight_map: {error}") from error
+
+
+def _open(path: Path) -> _Handle:
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing; copy or download it again")
+    with translated(path, "opened"):
+        handle: _Handle = safe_open(path, framework="pt")
+    return handle
+
+
+class TensorWriter:
+    """Writes tensors of known names and shapes into safetensors files, in any order, one at a time.
+
+    All sizes are known from the start, so the headers come first and no shard waits in memory.
+    """
+
+    def __init__(
+        self, directory: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, shard_bytes: int
+    ) -> None:
+        self._directory = directory
+        self._shapes = shapes
+        self._dtype = dtype
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._written: set[str] = set()
+        self._shards = _plan_shards(shapes, dtype.itemsize, shard_bytes)
+
+    def create(self) -> None:
+        """Create the files, with their headers and their final sizes."""
+        count = len(self._shards)
+        for number, names in enumerate(self._shards, 1):
+            file_name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            path = self._directory / file_name
+            header, offsets, file_bytes = _header(names, self._shapes, self._dtype)
+            with translated(path, "written"), path.open("wb") as file:
+                file.write(header)
+                file.truncate(file_bytes)
+            self._places.update((name, (path, offset)) for name, offset in offsets.items())
+        if count > 1:
+            path = self._directory / INDEX
+            total = sum(int(np.prod(shape)) for shape in self._shapes.values())
+            weight_map = {name: place.name for name, (place, _) in self._places.items()}
+            index = {
+                "metadata": {"total_size": total * self._dtype.itemsize},
+                "weight_map": weight_map,
+            }
+            with translated(path, "written"):
+                path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, where: str, name: str, tensor: Tensor) -> None:
+        """Convert and write one tensor; `where` names its origin in errors.
+
+        Raises CheckpointError if the model has no such tensor, or its shape or dtype is wrong.
+        """
+        if name not in self._shapes:
+            raise CheckpointError(f"{where}: the model has no tensor {name}")
+        check_tensor(where, name, tensor, self._shapes[name])
+        data = raw_bytes(convert_tensor(where, name, tensor, self._dtype))
+        path, offset = self._places[name]
+        with translated(path, "written"), path.open("r+b", buffering=0) as file:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(file.fileno(), data[done:].data, offset + done)
+        self._written.add(name)
+
+    def missing(self) -> list[str]:
+        """The tensors that have not been written."""
+        return [name for name in self._shapes if name not in self._written]
+
+
+def _plan_shards(shapes: Mapping[str, Shape], itemsize: int, limit: int) -> list[list[str]]:
+    """Cut the list of tensors where a shard would grow beyond `limit` bytes."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        nbytes = int(np.prod(shape)) * itemsize
+        if shards[-1] and used + nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += nbytes
+    return shards
+
+
+def _header(
+    names: list[str], shapes: Mapping[str, Shape], dtype: torch.dtype
+) -> tuple[bytes, dict[str, int], int]:
+    """The header of a file, where in the file each tensor begins, and the size of the file."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name in names:
+        starts[name] = end
+        end += int(np.prod(shapes[name])) * dtype.itemsize
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shapes[name]),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    begin = 8 + len(text)
+    offsets = {name: begin + start for name, start in starts.items()}
+    return struct.pack("<Q", len(text)) + text, offsets, begin + end

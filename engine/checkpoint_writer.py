@@ -1,0 +1,253 @@
+"""Writing a native model directory piece by piece: atomic, and resumable after a kill.
+
+Everything goes into DIR.partial, which becomes DIR at the end. Expert files that an earlier run of
+the same conversion finished there are kept.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint_tensors import (
+    DTYPE_NAMES,
+    INDEX,
+    Shape,
+    TensorWriter,
+    check_tensor,
+    convert_tensor,
+    raw_bytes,
+    translated,
+)
+from engine.config import ModelConfig, read_config
+from engine.errors import CheckpointError, ConfigError
+from engine.model.transformer import Transformer
+from offload.errors import StoreError
+from offload.store import BlobLayout, create_store, make_layout, open_store
+
+CONFIG = "config.json"
+MANIFEST = "conversion.json"
+SHARD_BYTES = 4 << 30
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+OWN_FILES = re.compile(
+    r"config\.json|conversion\.json|model(-\d{5}-of-\d{5})?\.safetensors|"
+    r"experts-(encoder|decoder)-\d+\.safetensors(\.partial)?"
+)
+
+
+def expert_file(layer: str) -> str:
+    """Name of the expert store of a layer: 'encoder-0' -> 'experts-encoder-0.safetensors'."""
+    return f"experts-{layer}.safetensors"
+
+
+def expert_layout(config: ModelConfig, dtype: torch.dtype) -> BlobLayout:
+    """How an expert of the model lies in a blob."""
+    name = DTYPE_NAMES[dtype]
+    return make_layout({key: (name, shape) for key, shape in config.expert_shapes().items()})
+
+
+def dense_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Names and shapes of all that is not an expert, in the order of the model."""
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    return {
+        key: tuple(tensor.shape) for key, tensor in state.items() if not key.startswith("experts.")
+    }
+
+
+class NativeWriter:
+    """Takes dense tensors and experts one at a time; `finish` makes the directory appear."""
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, dtype: torch.dtype, dense: TensorWriter
+    ) -> None:
+        self._directory = directory
+        self._partial = partial_path(directory)
+        self._config = config
+        self._dtype = dtype
+        self._dense = dense
+
+    def write_dense(self, where: str, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the Transformer's state; `where` names its origin in errors."""
+        self._dense.write(where, name, tensor)
+
+    def has_experts(self, layer: str) -> bool:
+        """Whether the experts of a layer are written, by this run or by an earlier one."""
+        return (self._partial / expert_file(layer)).exists()
+
+    def write_experts(
+        self, where: str, layer: str, experts: Iterable[Mapping[str, Tensor]]
+    ) -> None:
+        """Write all experts of a layer, drawn one at a time.
+
+        Raises CheckpointError if tensors are missing, unknown or misshapen, or the number is wrong.
+        """
+        path = self._partial / expert_file(layer)
+        layout = expert_layout(self._config, self._dtype)
+        expected = self._config.num_experts
+        with translated(path, "written"), create_store(path, layer, layout, expected) as store:
+            count = 0
+            for count, tensors in enumerate(experts, 1):
+                if count > expected:
+                    raise CheckpointError(f"{where}: {layer} has more than {expected} experts")
+                expert = f"{where}: {layer} expert {count - 1}"
+                converted = self._convert_expert(expert, tensors)
+                store.write(count - 1, {key: raw_bytes(part) for key, part in converted.items()})
+            if count < expected:
+                raise CheckpointError(f"{where}: {layer} has {count} experts, expected {expected}")
+            store.finish()
+
+    def _convert_expert(self, where: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shapes = self._config.expert_shapes()
+        check_expert(where, tensors, shapes)
+        return {key: convert_tensor(where, key, tensors[key], self._dtype) for key in shapes}
+
+    def finish(self, tokenizer_files: Iterable[Path]) -> None:
+        """Copy the tokenizer files, write the config, and rename DIR.partial to DIR.
+
+        Raises CheckpointError if a tensor or a layer has not been written.
+        """
+        if missing := self._dense.missing():
+            raise CheckpointError(
+                f"{self._directory}: {len(missing)} tensors are missing, first {missing[0]}; "
+                "the source is incomplete"
+            )
+        for layer in self._config.moe_layers():
+            if not self.has_experts(layer):
+                raise CheckpointError(f"{self._directory}: the experts of {layer} are missing")
+        with translated(self._directory, "written"):
+            for file in tokenizer_files:
+                shutil.copyfile(file, self._partial / file.name)
+            (self._partial / CONFIG).write_text(self._config.to_json(), encoding="utf-8")
+            (self._partial / MANIFEST).unlink()
+            _sync(*self._partial.iterdir(), self._partial)
+            _put_in_place(self._partial, self._directory)
+
+
+def open_writer(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    source: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> NativeWriter:
+    """Start a native directory, or go on with one that the same conversion left unfinished.
+
+    `source` tells where the tensors come from; what DIR.partial holds is kept only if source, dtype
+    and config are those of the run that left it. None always starts over.
+    Raises CheckpointError if DIR holds anything but an older native model, or cannot be written.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{directory}: {dtype} cannot be written; use a floating dtype")
+    directory = directory.resolve()
+    check_replaceable(directory)
+    partial = partial_path(directory)
+    manifest = json.dumps({"source": source, "dtype": str(dtype), "config": config.to_json()})
+    with translated(partial, "written"):
+        if not _can_resume(partial, None if source is None else manifest):
+            _remove_own(partial)
+            partial.mkdir(parents=True)
+            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+    _drop_foreign_stores(partial, config, dtype)
+    dense = TensorWriter(partial, dense_shapes(config), dtype, shard_bytes)
+    dense.create()
+    return NativeWriter(directory, config, dtype, dense)
+
+
+def check_expert(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError unless the tensors are those of one expert."""
+    if wrong := sorted(tensors.keys() ^ shapes.keys()):
+        state = "missing" if wrong[0] in shapes else "not of this model"
+        raise CheckpointError(f"{where}: tensor {wrong[0]} is {state}")
+    for key, shape in shapes.items():
+        check_tensor(where, key, tensors[key], shape)
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise CheckpointError unless the directory is absent, empty, or a native model alone."""
+    with translated(directory, "listed"):
+        names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    if not names:
+        return
+    try:
+        read_config(directory / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{directory}: is not empty and holds no native model; choose another directory"
+        ) from error
+    if foreign := [name for name in names if not _is_own(name)]:
+        raise CheckpointError(
+            f"{directory}: holds {foreign[0]}, which replacing the model would delete; "
+            "move it away or choose another directory"
+        )
+
+
+def partial_path(directory: Path) -> Path:
+    """Where a directory is while it is being written."""
+    return directory.with_name(directory.name + ".partial")
+
+
+def _is_own(name: str) -> bool:
+    return name in TOKENIZER_FILES or name == INDEX or OWN_FILES.fullmatch(name) is not None
+
+
+def _can_resume(partial: Path, manifest: str | None) -> bool:
+    path = partial / MANIFEST
+    return manifest is not None and path.exists() and path.read_text("utf-8") == manifest
+
+
+def _remove_own(directory: Path) -> None:
+    """Delete what an earlier writer left; refuse to delete anything else."""
+    if not directory.exists():
+        return
+    if foreign := [path for path in directory.iterdir() if not _is_own(path.name)]:
+        raise CheckpointError(f"{foreign[0]}: is in the way and not ours; move it away")
+    shutil.rmtree(directory)
+
+
+def _drop_foreign_stores(partial: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Delete expert files of an earlier run that are damaged or of another layout."""
+    layout = expert_layout(config, dtype)
+    for path in partial.glob("experts-*.safetensors"):
+        try:
+            with open_store(path) as store:
+                fits = store.layout == layout and store.num_experts == config.num_experts
+        except StoreError:
+            fits = False
+        if not fits:
+            path.unlink()
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put_in_place(partial: Path, directory: Path) -> None:
+    """Rename, keeping an older model aside until the new one is in its place."""
+    check_replaceable(directory)
+    old = directory.with_name(directory.name + ".old")
+    _remove_own(old)
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    _sync(directory.parent)
+    _remove_own(old)

@@ -1,0 +1,127 @@
+"""Commands of the engine: `infmoe generate`, `tokenize`, `convert`, `inspect`, `bench`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ModelArgument = Annotated[Path, typer.Argument(help="Model directory.")]
+DtypeName = Literal["fp32", "bf16", "fp16"]
+
+
+def generate(  # noqa: PLR0913  the options are the interface
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="What to continue; - reads standard input.")],
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill each <span> of the text instead.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep this share of the probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may repeat.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
+) -> None:
+    """Continue a text, or fill its blanks, and print the answer as it comes."""
+    from engine.convert import load_any
+    from engine.generation import generate as run
+    from engine.model.dtypes import parse_dtype
+    from engine.prompt import build_request
+    from engine.request import Piece, SamplingParams
+    from engine.tokenizer import open_tokenizer
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    loaded = load_any(model, parse_dtype(dtype))
+    tokenizer = open_tokenizer(model, loaded.config.tokenizer)
+    text = sys.stdin.read() if text == "-" else text
+    request = build_request(text, tokenizer, loaded.config, params, "cli", fill=fill)
+    blank = 0
+    for event in run(loaded, tokenizer, request):
+        if isinstance(event, Piece):
+            typer.echo("\n" * (event.blank - blank) + event.text, nl=False)
+            sys.stdout.flush()
+            blank = event.blank
+    typer.echo()
+
+
+def tokenize(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="Text to tokenize; - reads standard input.")],
+) -> None:
+    """Print the ids of a text, one line each with the piece that it stands for."""
+    from engine.convert import open_source
+    from engine.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(model, open_source(model).config.tokenizer)
+    text = sys.stdin.read() if text == "-" else text
+    for token_id in tokenizer.encode(text):
+        typer.echo(f"{token_id}\t{tokenizer.decode([token_id])!r}")
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="CPM-2 rank files, Hugging Face or native.")],
+    dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
+    vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
+) -> None:
+    """Write a checkpoint as a native model directory. Resumes if it was cut off."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from engine.convert import Progress as Done
+    from engine.convert import convert as run
+    from engine.model.dtypes import parse_dtype
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def report(done: Done) -> None:
+            bar.update(
+                task, completed=done.done_bytes, total=done.total_bytes, description=done.item
+            )
+
+        run(src, dst, parse_dtype(dtype), report, vocab)
+    typer.echo(str(dst))
+
+
+def inspect_model(
+    model: ModelArgument,
+    vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a model directory holds: kind, sizes, parameters, files."""
+    from engine.convert import inspect
+
+    facts = inspect(model, vocab)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for key, value in facts.items():
+        if key == "files" and isinstance(value, list):
+            for file in value:
+                typer.echo(f"{'file':<16}{file['name']}  {file['bytes']:,} bytes")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                shown = f"{item:,}" if isinstance(item, int) else str(item)
+                typer.echo(f"{key:<16}{name} {shown}")
+        elif isinstance(value, list):
+            typer.echo(f"{key:<16}{', '.join(map(str, value))}")
+        else:
+            typer.echo(f"{key:<16}{value:,}" if isinstance(value, int) else f"{key:<16}{value}")

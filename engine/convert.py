@@ -1,0 +1,215 @@
+"""Opening a model directory of any kind, converting it to native, telling what is in it."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import build_model, check_directory, load_model, open_native
+from engine.checkpoint_cpm2 import Cpm2Source, find_iteration, open_cpm2
+from engine.checkpoint_hf import is_huggingface, open_huggingface
+from engine.checkpoint_writer import CONFIG, NativeWriter, dense_shapes, open_writer
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+from engine.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """An open checkpoint of any kind, read one tensor or one expert at a time."""
+
+    @property
+    def kind(self) -> str:
+        """'native', 'cpm2' or 'huggingface'."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and variants of the model."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the tensors are stored."""
+        ...
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """The tokenizer files that are there."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
+        ...
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the Transformer's state but those of experts."""
+        ...
+
+    def experts(self, layer: str) -> Iterator[Mapping[str, Tensor]]:
+        """The experts of a MoE layer, in order; each is valid until the next is drawn."""
+        ...
+
+
+class Progress(NamedTuple):
+    """How far a conversion is. Bytes are those of the result; the item was just finished."""
+
+    item: str
+    done_bytes: int
+    total_bytes: int
+
+
+def open_source(path: Path, vocab: Path | None = None) -> Source:
+    """Open a model directory, whatever its kind; pickles are read, restricted.
+
+    `vocab` is the vocab.txt of a CPM-2 checkpoint that has none beside it.
+    Raises CheckpointError if the directory is of no known kind, damaged or incomplete.
+    """
+    kind = detect_kind(path)
+    if vocab is not None and kind != "cpm2":
+        raise CheckpointError(f"{path}: is no CPM-2 checkpoint; a vocabulary is not needed")
+    if kind == "cpm2":
+        return open_cpm2(path, vocab)
+    if kind == "huggingface":
+        return open_huggingface(path, allow_pickles=True)
+    return open_native(path)
+
+
+def detect_kind(path: Path) -> str:
+    """Tell the kind of a model directory: 'native', 'cpm2' or 'huggingface'.
+
+    Raises CheckpointError if it is of none of them.
+    """
+    check_directory(path)
+    if find_iteration(path) is not None:
+        return "cpm2"
+    if is_huggingface(path):
+        return "huggingface"
+    if (path / CONFIG).exists():
+        return "native"
+    raise CheckpointError(
+        f"{path}: holds no model; expected config.json (native, Hugging Face) or the "
+        "latest_checkpointed_iteration.txt of CPM-2"
+    )
+
+
+def load_any(path: Path, dtype: torch.dtype | None = None) -> Transformer:
+    """Build the model of a directory of any kind, as it is; dtype None keeps the stored one.
+
+    Raises CheckpointError if its weights are pickles, which only a conversion reads.
+    """
+    kind = detect_kind(path)
+    if kind == "cpm2":
+        raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
+    if kind == "native":
+        return load_model(path, dtype)
+    source = open_huggingface(path)
+    dtype = dtype or source.dtype
+    return build_model(str(path), source.config, dtype, source.dense(), source.experts)
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    vocab: Path | None = None,
+) -> None:
+    """Write the model of a directory of any kind as a native directory; dtype None keeps its own.
+
+    Memory is needed for one tensor, or one expert. A conversion that was killed goes on after the
+    last layer of experts that it finished, if the files of the source have not changed.
+    Raises CheckpointError if the source is damaged, or `dst` is taken or cannot be written.
+    """
+    source = open_source(src, vocab)
+    dtype = dtype or source.dtype
+    if dst.resolve() == src.resolve():
+        raise CheckpointError(f"{dst}: is the source itself; choose another directory")
+    if not source.tokenizer_files:
+        if source.kind == "cpm2":
+            raise CheckpointError(f"{src}: vocab.txt is missing; put it there, or name it")
+        logger.warning("%s: has no tokenizer files; the result takes token ids only", src)
+    if isinstance(source, Cpm2Source) and source.prompt() is not None:
+        logger.warning("%s: the soft prompt stored with the model is left out", src)
+    writer = open_writer(dst, source.config, dtype, source=_identity(src, source))
+    for item in _transfer(source, str(src), writer, dtype):
+        if progress is not None:
+            progress(item)
+    writer.finish(source.tokenizer_files)
+
+
+def _transfer(
+    source: Source, where: str, writer: NativeWriter, dtype: torch.dtype
+) -> Iterator[Progress]:
+    """Write everything, telling after each tensor and each layer of experts how far it is."""
+    config = source.config
+    counts = count_parameters(config)
+    total = counts["total"] * dtype.itemsize
+    layers = config.moe_layers()
+    done = 0
+    for name, tensor in source.dense():
+        writer.write_dense(where, name, tensor)
+        done += tensor.numel() * dtype.itemsize
+        yield Progress(name, done, total)
+    for layer in layers:
+        if not writer.has_experts(layer):
+            writer.write_experts(where, layer, source.experts(layer))
+        done += counts["experts"] // len(layers) * dtype.itemsize
+        yield Progress(f"experts of {layer}", done, total)
+
+
+def inspect(path: Path, vocab: Path | None = None) -> dict[str, object]:
+    """Tell what a model directory holds, in JSON's types. Sizes in bytes, parameters in numbers.
+
+    Raises CheckpointError if it is of no known kind, damaged or incomplete.
+    """
+    source = open_source(path, vocab)
+    sizes = {file: file.stat().st_size for file in source.files}
+    return {
+        "path": str(path),
+        "kind": source.kind,
+        "config": json.loads(source.config.to_json()),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "parameters": count_parameters(source.config),
+        "files": [
+            {"name": str(file.relative_to(path)), "bytes": size} for file, size in sizes.items()
+        ],
+        "bytes": sum(sizes.values()),
+        "tokenizer_files": [file.name for file in source.tokenizer_files],
+    }
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters: in all, of experts, of one expert, and that one token meets.
+
+    The router's norm, a copy of an expert's, does not count.
+    """
+    shapes = dense_shapes(config)
+    dense = sum(
+        math.prod(shape) for name, shape in shapes.items() if not name.endswith(".router_norm")
+    )
+    one = sum(math.prod(shape) for shape in config.expert_shapes().values())
+    num_layers = len(config.moe_layers())
+    experts = one * config.num_experts * num_layers
+    return {
+        "total": dense + experts,
+        "dense": dense,
+        "experts": experts,
+        "one_expert": one if num_layers else 0,
+        "active": dense + one * num_layers,
+    }
+
+
+def _identity(src: Path, source: Source) -> str:
+    """What must be unchanged for a killed conversion to go on: place, size and age of each file."""
+    files = [(str(file), file.stat()) for file in (*source.files, *source.tokenizer_files)]
+    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
+    return json.dumps([str(src.resolve()), asdict(source.config), facts])

@@ -1,0 +1,135 @@
+"""One request from first token to last: what is allowed, which text is final, when to end."""
+
+import secrets
+from collections.abc import Iterator
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.detokenizer import Detokenizer, StopMatcher
+from engine.model.transformer import Transformer
+from engine.prompt import decoder_prefix
+from engine.request import Event, Finished, FinishReason, Piece, Request
+from engine.sampling import choose_token
+from engine.tokenizer import Tokenizer
+
+
+class Generation:
+    """The state of one row.
+
+    Feed it every token; it tells what is banned, what is text, and when it is over.
+
+    While filling, only the sentinel of the next blank is allowed, and only after a token of the
+    present one; the sentinel after the last blank ends the request. While continuing, any sentinel
+    and any end id end it.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.request = request
+        self.tokenizer = tokenizer
+        self.config = config
+        self.prefix = decoder_prefix(request, tokenizer, config)
+        self.num_tokens = 0
+        self.blank = 0
+        self.blank_tokens = 0
+        self.finish: tuple[FinishReason, str | int | None] | None = None
+        self._sentinels = [tokenizer.sentinel_id(i) for i in range(tokenizer.num_sentinels)]
+        self._never = [config.pad_token_id, config.decoder_start_token_id]
+        self._never += range(tokenizer.vocab_size, config.vocab_size)
+        self._ends = set(config.eos_token_ids)
+        self._open_blank()
+
+    def _open_blank(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer)
+        self._matcher = StopMatcher(self.request.params.stop)
+        self.blank_tokens = 0
+
+    def ban(self, logits_V: Tensor) -> Tensor:
+        """Scores (V,) with -inf at the tokens that must not come next."""
+        logits_V = logits_V.clone()
+        logits_V[[i for i in self._never if i not in self._ends]] = -torch.inf
+        if self.request.num_blanks:
+            closing = self._sentinels[self.blank + 1]
+            keep = logits_V[closing].clone()
+            logits_V[self._sentinels] = -torch.inf
+            if self.blank_tokens:
+                logits_V[closing] = keep
+            else:
+                logits_V[list(self._ends)] = -torch.inf
+        return logits_V
+
+    def push(self, token_id: int) -> list[Piece]:
+        """Take the chosen token; returns the text that is final now."""
+        self.num_tokens += 1
+        if token_id in self._ends:
+            return self._end("stop", token_id)
+        if (index := self._mark(token_id)) is not None:
+            if index == self.request.num_blanks or not self.request.num_blanks:
+                return self._end("stop", token_id if not self.request.num_blanks else None)
+            pieces = self._flush()
+            self.blank += 1
+            self._open_blank()
+            return pieces
+        self.blank_tokens += 1
+        text = self._matcher.push(self._detokenizer.push(token_id))
+        pieces = [Piece(text, (token_id,), self.blank)]
+        if self._matcher.matched is not None:
+            self.finish = ("stop", self._matcher.matched)
+        elif self.num_tokens >= self.request.params.max_tokens:
+            pieces += self._end("length", None)
+        return pieces
+
+    def _mark(self, token_id: int) -> int | None:
+        """Index of a sentinel that ends something; a T5 that continues a text may print them."""
+        if self.request.num_blanks or self.config.continuation_sentinel is not None:
+            return self.tokenizer.sentinel_index(token_id)
+        return None
+
+    def _flush(self) -> list[Piece]:
+        text = self._matcher.push(self._detokenizer.flush())
+        if self._matcher.matched is None:
+            text += self._matcher.flush()
+        return [Piece(text, (), self.blank)] if text else []
+
+    def _end(self, reason: FinishReason, detail: str | int | None) -> list[Piece]:
+        self.finish = (reason, detail)
+        pieces = self._flush()
+        if self._matcher.matched is not None:
+            self.finish = ("stop", self._matcher.matched)
+        return pieces
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer, tokenizer: Tokenizer, request: Request, *, queued_s: float = 0.0
+) -> Iterator[Event]:
+    """Carry out one request: encode once, then one decoder step per token. Ends with `Finished`."""
+    row = Generation(request, tokenizer, model.config)
+    params = request.params
+    seed = params.seed if params.seed is not None else secrets.randbits(48)
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    began = perf_counter()
+    encoder_BS = torch.tensor([request.encoder_ids], device=device)
+    segments_BS = torch.ones_like(encoder_BS)
+    hidden_BSD = model.encode(encoder_BS, segments_BS)
+    cache = model.start_cache(hidden_BSD, segments_BS, len(row.prefix) + params.max_tokens)
+    encoded = perf_counter()
+    tokens_BT = torch.tensor([row.prefix], device=device)
+    while row.finish is None:
+        hidden_BTD = model.step(tokens_BT, cache)
+        logits_V = row.ban(model.logits(hidden_BTD[0, -1]))
+        token_id = choose_token(logits_V, params, generator)
+        yield from row.push(token_id)
+        tokens_BT = torch.tensor([[token_id]], device=device)
+    yield Finished(
+        *row.finish,
+        prompt_tokens=len(request.encoder_ids),
+        completion_tokens=row.num_tokens,
+        seed=seed,
+        queued_s=queued_s,
+        encode_s=encoded - began,
+        decode_s=perf_counter() - encoded,
+    )

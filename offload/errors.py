@@ -1,0 +1,5 @@
+"""Errors of the offload package, which the engine translates into its own."""
+
+
+class StoreError(Exception):
+    """An expert store that is damaged, incomplete or of an unknown version."""

@@ -1,0 +1,367 @@
+"""The expert store of one MoE layer: a safetensors file of equal, aligned blobs, one per expert.
+
+    u64 header size | JSON header, padded with spaces | blob 0 | blob 1 | ...
+                                                      ^ at a multiple of 4096 bytes
+
+Any safetensors tool opens the file and sees one U8 tensor per expert (`expert-000`, ...). The
+metadata tells what lies where inside a blob, and a checksum per blob. Reading is positioned reads
+of byte ranges.
+"""
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload.errors import StoreError
+
+Bytes = NDArray[np.uint8]
+
+FORMAT = "infmoe-experts"
+VERSION = "1"
+PAGE_BYTES = 4096  # alignment of blobs: what O_DIRECT and page locking ask for
+TENSOR_ALIGN_BYTES = 256  # alignment of tensors inside a blob: what CUDA kernels like best
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# safetensors' dtype names and their widths; numpy lacks bfloat16, so this package handles raw bytes
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Where one tensor lies inside a blob, in bytes. `dtype` is safetensors' name for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobLayout:
+    """What a blob holds. All blobs of a store have one layout."""
+
+    tensors: tuple[TensorSpec, ...]
+    blob_bytes: int
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.blob_bytes < PAGE_BYTES or self.blob_bytes % PAGE_BYTES:
+            raise ValueError(f"blob_bytes {self.blob_bytes} is no multiple of {PAGE_BYTES}")
+        if self.quantization != "none":
+            raise ValueError(f"quantization {self.quantization!r} is unknown; known: none")
+        end = 0
+        for tensor in self.tensors:
+            if tensor.dtype not in DTYPE_BYTES:
+                raise ValueError(f"tensor {tensor.name}: dtype {tensor.dtype!r} is unknown")
+            numbers = (*tensor.shape, tensor.offset, tensor.nbytes)
+            if any(type(number) is not int or number < 0 for number in numbers):
+                raise ValueError(f"tensor {tensor.name}: shape or place is no whole number")
+            if tensor.nbytes != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
+                raise ValueError(
+                    f"tensor {tensor.name}: {tensor.nbytes} bytes do not fit its shape"
+                )
+            if tensor.offset < end:
+                raise ValueError(f"tensor {tensor.name} overlaps the one before it")
+            end = tensor.offset + tensor.nbytes
+        if end > self.blob_bytes:
+            raise ValueError(f"{end} bytes of tensors do not fit a blob of {self.blob_bytes}")
+
+
+def make_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> BlobLayout:
+    """Place tensors, given as name -> (dtype name, shape), one after the other in a blob.
+
+    Two F16 tensors of 100 elements lie at 0 and 256; the blob takes 4096 bytes.
+    """
+    specs, end = [], 0
+    for name, (dtype, shape) in tensors.items():
+        offset = _round_up(end, TENSOR_ALIGN_BYTES)
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        specs.append(TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes))
+        end = offset + nbytes
+    return BlobLayout(tensors=tuple(specs), blob_bytes=_round_up(max(end, 1), PAGE_BYTES))
+
+
+class StoreWriter:
+    """Writes a store expert by expert under a temporary name; `finish` makes it appear.
+
+    Use as a context manager: leaving it without `finish` deletes what was written.
+    """
+
+    def __init__(self, file: int, path: Path, layer: str, layout: BlobLayout, num_experts: int):
+        self._file = file
+        self._path = path
+        self._layer = layer
+        self.layout = layout
+        self._checksums: list[int | None] = [None] * num_experts
+        self._data_start = len(_header(layer, layout, [0] * num_experts))
+
+    def write(self, expert: int, tensors: Mapping[str, Bytes]) -> None:
+        """Write the tensors of one expert, each as its raw bytes; the padding is zero.
+
+        Raises ValueError if the tensors are not those of the layout, StoreError if they cannot be.
+        """
+        if not 0 <= expert < len(self._checksums):
+            raise ValueError(f"expert {expert} not in 0..{len(self._checksums) - 1}")
+        if tensors.keys() != {spec.name for spec in self.layout.tensors}:
+            raise ValueError(f"expert {expert}: got {list(tensors)}, not the tensors of the layout")
+        start = self._data_start + expert * self.layout.blob_bytes
+        end, checksum = 0, 0
+        for spec in self.layout.tensors:
+            data = tensors[spec.name]
+            if (
+                data.dtype != np.uint8
+                or data.shape != (spec.nbytes,)
+                or not data.flags.c_contiguous
+            ):
+                raise ValueError(
+                    f"expert {expert}: {spec.name} is not a row of {spec.nbytes} bytes"
+                )
+            checksum = zlib.crc32(bytes(spec.offset - end), checksum)
+            checksum = zlib.crc32(data.data, checksum)
+            self._write_at(data, start + spec.offset)
+            end = spec.offset + spec.nbytes
+        self._checksums[expert] = zlib.crc32(bytes(self.layout.blob_bytes - end), checksum)
+
+    def finish(self) -> None:
+        """Write the header, push everything to the disk, and give the file its name.
+
+        Raises ValueError if an expert was not written.
+        """
+        checksums = [checksum for checksum in self._checksums if checksum is not None]
+        if missing := len(self._checksums) - len(checksums):
+            raise ValueError(f"{self._path}: {missing} experts were not written")
+        header = _header(self._layer, self.layout, checksums)
+        assert len(header) == self._data_start
+        self._write_at(np.frombuffer(header, np.uint8), 0)
+        try:
+            os.ftruncate(self._file, self._data_start + len(checksums) * self.layout.blob_bytes)
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+            _temporary(self._path).replace(self._path)
+            _sync_directory(self._path.parent)
+        except OSError as error:
+            raise StoreError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def _write_at(self, data: Bytes, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:].data, offset + done)
+        except OSError as error:
+            raise StoreError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            _temporary(self._path).unlink(missing_ok=True)
+
+
+def create_store(path: Path, layer: str, layout: BlobLayout, num_experts: int) -> StoreWriter:
+    """Start to write the store of a layer. Raises StoreError if the file cannot be created."""
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; it must be at least 1")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        file = os.open(_temporary(path), flags, 0o666)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be created: {error.strerror}") from error
+    return StoreWriter(file, path, layer, layout, num_experts)
+
+
+class ExpertStore:
+    """An open store. Several threads may read at once; close it when no read is under way."""
+
+    def __init__(
+        self,
+        file: int,
+        path: Path,
+        layer: str,
+        layout: BlobLayout,
+        checksums: list[int],
+        start: int,
+    ):
+        self._file = file
+        self._checksums = checksums
+        self._data_start = start
+        self._is_verified = bytearray(len(checksums))
+        self.path = path
+        self.layer = layer
+        self.layout = layout
+        self.num_experts = len(checksums)
+
+    def offset(self, expert: int) -> int:
+        """Where the blob of an expert begins in the file, in bytes; a multiple of 4096."""
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert {expert} not in 0..{self.num_experts - 1} of {self.path}")
+        return self._data_start + expert * self.layout.blob_bytes
+
+    def read_blob(self, expert: int, out: Bytes | None = None) -> Bytes:
+        """Read the blob of an expert, into `out` (blob_bytes,) if given. Returns the filled buffer.
+
+        The checksum is verified the first time that an expert is read.
+        Raises StoreError if the blob is damaged, or the file has shrunk or cannot be read.
+        """
+        start = self.offset(expert)
+        if out is None:
+            out = np.empty(self.layout.blob_bytes, np.uint8)
+        is_row = out.shape == (self.layout.blob_bytes,) and out.flags.c_contiguous
+        if out.dtype != np.uint8 or not is_row:
+            raise ValueError(f"out is no uint8 buffer of {self.layout.blob_bytes} contiguous bytes")
+        try:
+            done = 0
+            while done < len(out) and (n := os.preadv(self._file, [out[done:].data], start + done)):
+                done += n
+        except OSError as error:
+            raise StoreError(f"{self._at(expert)}: cannot be read: {error.strerror}") from error
+        if done < len(out):
+            raise StoreError(f"{self._at(expert)}: the file ends inside the blob; copy it again")
+        if not self._is_verified[expert]:
+            self.verify(expert, out)
+            self._is_verified[expert] = True
+        return out
+
+    def verify(self, expert: int, blob: Bytes) -> None:
+        """Compare a blob with its checksum. Raises StoreError if they differ."""
+        found = zlib.crc32(blob.data)
+        if found != self._checksums[expert]:
+            raise StoreError(
+                f"{self._at(expert)}: damaged: checksum {found:08x} is not "
+                f"{self._checksums[expert]:08x}; copy or convert the file again"
+            )
+
+    def _at(self, expert: int) -> str:
+        return f"{self.path}: layer {self.layer}, expert {expert}"
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_store(path: Path) -> ExpertStore:
+    """Open a store and check its header against the file.
+
+    Raises StoreError, naming file and reason, if it is not a complete store of this version.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+    try:
+        return _read_header(file, path)
+    except OSError as error:
+        os.close(file)
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        os.close(file)
+        raise StoreError(f"{path}: not a complete expert store: {error}") from error
+
+
+def _read_header(file: int, path: Path) -> ExpertStore:
+    """Parse and check the header; open_store translates whatever this raises."""
+    file_bytes = os.fstat(file).st_size
+    prefix = os.pread(file, 8, 0)
+    header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else file_bytes
+    start = 8 + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or start > file_bytes:
+        raise ValueError("no safetensors header, or the file is cut off inside it")
+    entries = json.loads(os.pread(file, header_bytes, 8))
+    metadata = entries.pop("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"the metadata lacks format {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"version {metadata.get('version')!r} is not {VERSION}; upgrade InfMoE")
+    if metadata.get("checksum") != "crc32":
+        raise ValueError(f"checksum {metadata.get('checksum')!r} is unknown; known: crc32")
+    layout = _layout_from_json(metadata["layout"])
+    checksums = [int(text, 16) for text in metadata["checksums"].split()]
+    if start % PAGE_BYTES:
+        raise ValueError(f"data begins at byte {start}, not at a multiple of {PAGE_BYTES}")
+    if not checksums or entries != _entries(layout, len(checksums)):
+        raise ValueError(f"its tensors are not {len(checksums)} blobs of {layout.blob_bytes} bytes")
+    expected = start + len(checksums) * layout.blob_bytes
+    if file_bytes != expected:
+        raise ValueError(f"the file has {file_bytes} bytes, its header tells of {expected}")
+    return ExpertStore(file, path, str(metadata["layer"]), layout, checksums, start)
+
+
+def _layout_from_json(text: str) -> BlobLayout:
+    values = json.loads(text)
+    tensors = values.pop("tensors")
+    specs = (TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in tensors)
+    return BlobLayout(tensors=tuple(specs), **values)
+
+
+def _entries(layout: BlobLayout, num_experts: int) -> dict[str, dict[str, object]]:
+    size = layout.blob_bytes
+    return {
+        f"expert-{i:03d}": {
+            "dtype": "U8",
+            "shape": [size],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(num_experts)
+    }
+
+
+def _header(layer: str, layout: BlobLayout, checksums: list[int]) -> bytes:
+    """Length prefix and JSON, padded to whole pages. Its size does not depend on the checksums."""
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layer": layer,
+        "layout": json.dumps(asdict(layout)),
+        "checksum": "crc32",
+        "checksums": " ".join(f"{checksum:08x}" for checksum in checksums),
+    }
+    text = json.dumps({"__metadata__": metadata, **_entries(layout, len(checksums))}).encode()
+    padded = text.ljust(_round_up(8 + len(text), PAGE_BYTES) - 8)
+    return struct.pack("<Q", len(padded)) + padded
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in the directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,71 @@
+"""The `infmoe` command: a table of sub-commands, of which only the chosen one is imported."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+import typer
+
+from engine.errors import EngineError
+
+
+class Command(NamedTuple):
+    """Where the function of a sub-command is, and what it does in a line."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "serve": Command("server.cli", "serve", "Serve a model over HTTP."),
+    "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
+    "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
+    "convert": Command("engine.cli", "convert", "Write a checkpoint as a native model directory."),
+    "inspect": Command("engine.cli", "inspect_model", "Tell what a model directory holds."),
+    "train": Command("training.cli", "train", "Train a model by a recipe."),
+    "corpus": Command("training.cli", "corpus", "Collect a small training corpus."),
+}
+
+
+def not_chosen() -> None:
+    """Stand in for a sub-command that this run does not need."""
+    raise AssertionError("a sub-command was run without being imported")
+
+
+def load(command: Command) -> Callable[..., None]:
+    """Import the function of a sub-command."""
+    function: Callable[..., None] = getattr(import_module(command.module), command.function)
+    return function
+
+
+def build_app(chosen: str | None) -> typer.Typer:
+    """All sub-commands by name and help; only `chosen` has its function and options."""
+    app = typer.Typer(
+        name="infmoe",
+        help="Inference and training of encoder-decoder mixture-of-experts language models.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    for name, command in COMMANDS.items():
+        if name == chosen:
+            app.command(name)(load(command))  # its own docstring is the longer help
+        else:
+            app.command(name, help=command.help)(not_chosen)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one sub-command. Exits with 0 done, 1 failed, 2 wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        build_app(chosen)(args=arguments, prog_name="infmoe")
+    except (EngineError, OSError, ValueError) as error:
+        print(f"infmoe: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

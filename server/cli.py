@@ -1,0 +1,83 @@
+"""`infmoe serve`."""
+
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.errors import ConfigError
+from server.app import create_app
+from server.lifecycle import is_loopback, open_socket, run
+from server.protocol import Engine
+from server.settings import Settings, read_settings
+
+logger = logging.getLogger(__name__)
+
+
+def open_engine(model: Path, settings: Settings) -> Engine:
+    """Start the engine of a model directory; it loads in a thread of its own."""
+    # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
+    from engine.checkpoint import load_model
+    from engine.tokenizer import open_tokenizer
+    from engine.worker import LoadedModel, Worker
+
+    def load(report_phase: Callable[[str], None]) -> LoadedModel:
+        report_phase("reading weights")
+        transformer = load_model(model)
+        return LoadedModel(transformer, open_tokenizer(model, transformer.config.tokenizer))
+
+    worker = Worker(model.resolve().name, load, max_queue=settings.max_queue)
+    worker.start()
+    return worker
+
+
+def configure_logging(level: str) -> None:
+    """Plain lines on standard error, for our own modules and for uvicorn."""
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level.upper(), format=line)
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def greeting(listener: socket.socket) -> str:
+    """Where the server listens and how to try it, in one line."""
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    json = '{"prompt": "Hello", "max_tokens": 32}'
+    curl = f"curl {address}/v1/completions -H 'content-type: application/json' -d '{json}'"
+    return f"infmoe: listening on {address}; when it is ready, try: {curl}"
+
+
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model directory; INFMOE_MODEL if left out.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI clients expect it.
+
+    Options win over the environment: INFMOE_HOST, INFMOE_PORT and so on.
+    """
+    settings = read_settings(
+        model=model, host=host, port=port, max_queue=max_queue, log_level=log_level
+    )
+    if settings.model is None:
+        raise typer.BadParameter("give a model directory or set INFMOE_MODEL", param_hint="MODEL")
+    if not settings.model.is_dir():
+        raise ConfigError(f"{settings.model} is not a directory")
+    configure_logging(settings.log_level)
+    if not is_loopback(settings.host):
+        logger.warning("listening on %s without authentication", settings.host)
+    with open_socket(settings.host, settings.port) as listener:
+        typer.echo(greeting(listener), err=True)
+        engine = open_engine(settings.model, settings)
+        run(create_app(engine, settings), engine, listener, settings.drain_s)

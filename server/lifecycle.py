@@ -1,0 +1,97 @@
+"""The server process: a port opened early, a drain at a signal, an exit status that tells."""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from engine.errors import EngineStopped
+from server.protocol import Engine
+
+logger = logging.getLogger(__name__)
+
+ENDED = ("failed", "stopped")
+POLL_S = 0.05
+CLOSE_S = 5  # for connections to close after the drain
+IDLE_S = 75  # longer than proxies keep idle connections, so that they close first
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen on an address; port 0 takes a free one. Raises OSError that says where and why."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that goes on listening while the engine drains, and stops when the engine has ended.
+
+    Left to itself, uvicorn closes its port before the application hears of the signal, and raises
+    the signal again at the end, which looks like a crash.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  inherited
+        """Drain at the first signal, leave at the second."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._engine.state in ENDED
+
+    async def main_loop(self) -> None:
+        await super().main_loop()
+        if not self.should_exit:
+            return
+        logger.info("draining for up to %.0f s", self._drain_s)
+        # Not a thread of the pool: at the end asyncio waits for those, also when told to hurry.
+        drain = threading.Thread(target=self._engine.drain, args=(self._drain_s,), daemon=True)
+        drain.start()
+        while drain.is_alive() and not self.force_exit:
+            await asyncio.to_thread(drain.join, POLL_S)
+
+
+def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -> None:
+    """Serve until a signal comes or the engine ends.
+
+    Raises:
+        EngineStopped: the engine ended by itself, or a second signal cut the drain short.
+    """
+    config = uvicorn.Config(
+        app,
+        http="h11",  # the one parser that limits headers
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=IDLE_S,
+        timeout_graceful_shutdown=CLOSE_S,
+    )
+    server = DrainingServer(config, engine, drain_s)
+    server.run(sockets=[listener])
+    if server.force_exit:
+        raise EngineStopped("stopped by a second signal before all requests had ended")
+    if not server.should_exit:
+        raise EngineStopped(f"the engine has ended: {engine.failure or 'see the log'}")

@@ -1,0 +1,66 @@
+"""What the server needs of an engine: `engine.worker.Worker`, or a fake in the tests."""
+
+from collections.abc import AsyncIterator, Awaitable
+from typing import Literal, Protocol
+
+from engine.config import ModelConfig
+from engine.request import Event, Request
+from engine.tokenizer import Tokenizer
+
+EngineState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
+
+
+class EngineStats(Protocol):
+    """A snapshot of the load: requests that wait, requests that run."""
+
+    @property
+    def queued(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+
+
+class EventStream(Protocol):
+    """Events of one request: pieces, then exactly one Finished or Failed; `aclose` cancels it.
+
+    Not an async generator: one that was never started runs no `finally` when it is closed.
+    The message of Failed is shown to the client.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    def __anext__(self) -> Awaitable[Event]: ...
+    def aclose(self) -> Awaitable[None]: ...
+
+
+class Engine(Protocol):
+    """One model behind a queue. `config` and `tokenizer` are there once `state` is ready.
+
+    `phase` tells in words what loading is at, `failure` why the state is failed.
+    """
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def state(self) -> EngineState: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def failure(self) -> str | None: ...
+
+    def submit(self, request: Request) -> EventStream:
+        """Queue a request without waiting. Raises RequestError, Overloaded or EngineStopped."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The present load; cheap, callable from any thread."""
+        ...
+
+    def drain(self, timeout_s: float) -> bool:
+        """Accept nothing more, finish the rest, block until then. False if time ran out.
+
+        Requests that are left after `timeout_s` end with Failed.
+        """
+        ...

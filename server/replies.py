@@ -1,0 +1,126 @@
+"""From events of the engine to the choices, chunks and accounts of one completions request."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.request import Event, Failed, Finished, Piece, Request
+from server.errors import ApiError
+from server.schemas import Choice, Completion, Usage
+
+
+@dataclass(slots=True)
+class Transcript:
+    """The text of one choice so far, by blanks; `num_blanks` 0 for plain continuation.
+
+    The text is the blanks joined by line breaks, and what `add` and `close` return adds up to it:
+    with 3 blanks the pieces (0, "a"), (2, "b") give "a", then two line breaks and "b".
+    """
+
+    num_blanks: int
+    spans: list[str] = field(default_factory=list)
+    end: Finished | None = None
+
+    def _reach(self, blank: int) -> str:
+        missing = blank + 1 - len(self.spans)
+        gap = "\n" * (missing if self.spans else missing - 1)
+        self.spans += [""] * missing
+        return gap
+
+    def add(self, piece: Piece) -> str:
+        """Take in a piece; returns what it adds to the text. Blanks come in rising order."""
+        gap = self._reach(piece.blank)
+        self.spans[piece.blank] += piece.text
+        return gap + piece.text
+
+    def close(self, end: Finished) -> str:
+        """Take in the end; returns what blanks without an answer add to the text."""
+        self.end = end
+        return self._reach(max(self.num_blanks, 1) - 1)
+
+
+class Reply:
+    """The reply to one HTTP request: `num_samples` choices for each prompt, in this order."""
+
+    def __init__(
+        self, reply_id: str, model: str, requests: Sequence[Request], num_samples: int
+    ) -> None:
+        self.id = reply_id
+        self._model = model
+        self._created = int(time.time())
+        self._num_samples = num_samples
+        self._transcripts = [Transcript(request.num_blanks) for request in requests]
+
+    def take(self, index: int, event: Event) -> Completion:
+        """Take in an event of choice `index`; returns the chunk that tells it.
+
+        Raises ApiError if the engine gave up the request.
+        """
+        transcript = self._transcripts[index]
+        if isinstance(event, Piece):
+            text = transcript.add(event)
+            return self._message([Choice(index=index, text=text)])
+        if isinstance(event, Failed):
+            raise ApiError(500, event.message, code="engine_failure")
+        if event.reason == "cancelled":
+            raise ApiError(500, "the request was cancelled", code="engine_failure")
+        text = transcript.close(event)
+        return self._message([self._last_choice(index, text)])
+
+    def whole(self) -> Completion:
+        """The reply in one piece, when all choices have ended."""
+        transcripts = enumerate(self._transcripts)
+        choices = [self._last_choice(i, "\n".join(t.spans)) for i, t in transcripts]
+        return self._message(choices, self.usage())
+
+    def usage_chunk(self) -> Completion:
+        """The last chunk of a stream that was asked for accounts."""
+        return self._message([], self.usage())
+
+    def usage(self) -> Usage:
+        """Accounts; the samples of one prompt share its tokens."""
+        ends = [transcript.end for transcript in self._transcripts if transcript.end]
+        assert len(ends) == len(self._transcripts)
+        prompt_tokens = sum(end.prompt_tokens for end in ends[:: self._num_samples])
+        completion_tokens = sum(end.completion_tokens for end in ends)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+        )
+
+    def account(self) -> dict[str, object]:
+        """What the log line tells of the reply."""
+        usage = self.usage()
+        reasons = sorted({t.end.reason for t in self._transcripts if t.end})
+        return {
+            "choices": len(self._transcripts),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "finish": ",".join(reasons),
+        }
+
+    def _last_choice(self, index: int, text: str) -> Choice:
+        transcript = self._transcripts[index]
+        end = transcript.end
+        assert end is not None
+        assert end.reason != "cancelled"
+        return Choice(
+            index=index,
+            text=text,
+            finish_reason=end.reason,
+            stop_reason=end.stop_reason,
+            seed=end.seed,
+            spans=transcript.spans if transcript.num_blanks else None,
+        )
+
+    def _message(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+        return Completion(
+            id=self.id, created=self._created, model=self._model, choices=choices, usage=usage
+        )
+
+
+def new_id() -> str:
+    """A fresh id of a completion."""
+    return f"cmpl-{uuid.uuid4().hex}"

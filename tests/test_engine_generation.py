@@ -1,0 +1,179 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.errors import PromptTooLong, RequestError
+from engine.generation import Generation, generate
+from engine.prompt import BLANK, build_request, decoder_prefix
+from engine.request import Finished, Piece, SamplingParams
+from tests.tiny import MOE, byte_tokenizer, tiny_model
+
+T5_STYLE = replace(MOE, continuation_sentinel=None)
+TOKENIZER = byte_tokenizer()
+S = [TOKENIZER.sentinel_id(i) for i in range(4)]
+EOS = 1
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text)
+
+
+def request(prompt="ab", config=MOE, fill=False, **params):
+    return build_request(prompt, TOKENIZER, config, SamplingParams(**params), "r", fill=fill)
+
+
+def test_a_text_to_continue_ends_in_the_sentinel_that_the_decoder_starts_with():
+    assert request().encoder_ids == (*ids("ab"), S[0])
+    assert decoder_prefix(request(), TOKENIZER, MOE) == [0, S[0]]
+    last = replace(MOE, continuation_sentinel=-1)
+    assert request(config=last).encoder_ids[-1] == TOKENIZER.sentinel_id(-1)
+    assert decoder_prefix(request(config=last), TOKENIZER, last) == [0, TOKENIZER.sentinel_id(-1)]
+
+
+def test_t5_closes_the_text_and_starts_with_padding():
+    asked = request(config=T5_STYLE)
+    assert asked.encoder_ids == (*ids("ab"), EOS)
+    assert decoder_prefix(asked, TOKENIZER, T5_STYLE) == [0]
+
+
+def test_blanks_become_sentinels_only_when_filling_is_asked_for():
+    asked = request(f"a{BLANK}b{BLANK}", fill=True)
+    assert asked.encoder_ids == (*ids("a"), S[0], *ids("b"), S[1])
+    assert asked.num_blanks == 2
+    assert request(f"a{BLANK}").encoder_ids == (*ids(f"a{BLANK}"), S[0])
+    by_ids = request([*ids("a"), S[0]], fill=True)
+    assert (by_ids.encoder_ids, by_ids.num_blanks) == ((*ids("a"), S[0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fill", "message"),
+    [
+        ("", False, "the prompt is empty"),
+        ([], False, "the prompt is empty"),
+        ([384], False, "token id 384 is outside the vocabulary of 384"),
+        ([-1], False, "token id -1 is outside"),
+        ("no blank", True, "the prompt holds 0 blanks"),
+        (BLANK * 17, True, "the prompt holds 17 blanks"),
+    ],
+)
+def test_bad_prompts(prompt, fill, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        request(prompt, fill=fill)
+    assert caught.value.field == "prompt"
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_tokenized():
+    with pytest.raises(PromptTooLong, match="has 257 tokens; the limit is 256"):
+        request("a" * 256)
+    with pytest.raises(PromptTooLong, match="1,000,000 characters"):
+        request("a" * 1_000_000)
+
+
+def pushed(row: Generation, tokens: list[int]) -> list[tuple[int, str]]:
+    pieces = [piece for token in tokens for piece in row.push(token)]
+    return [(piece.blank, piece.text) for piece in pieces if piece.text]
+
+
+def test_filling_reads_the_answers_between_the_sentinels():
+    row = Generation(request(f"{BLANK} {BLANK}", fill=True), TOKENIZER, MOE)
+    assert pushed(row, [*ids("hi"), S[1], *ids("yo")]) == [(0, "h"), (0, "i"), (1, "y"), (1, "o")]
+    assert row.finish is None
+    row.push(S[2])
+    assert row.finish == ("stop", None)
+
+
+def test_while_filling_only_the_next_sentinel_is_allowed_and_no_answer_is_empty():
+    row = Generation(request(f"{BLANK} {BLANK}", fill=True), TOKENIZER, MOE)
+    zeros = torch.zeros(MOE.vocab_size)
+    assert torch.isinf(row.ban(zeros)[[*S, EOS]]).all()
+    row.push(ids("a")[0])
+    allowed = [i for i in S if row.ban(zeros)[i] == 0]
+    assert allowed == [S[1]]
+
+
+@pytest.mark.parametrize("end", [EOS, S[0], S[1]])
+def test_continuing_ends_at_an_end_mark_or_a_sentinel(end):
+    row = Generation(request(), TOKENIZER, MOE)
+    assert pushed(row, [*ids("hi"), end]) == [(0, "h"), (0, "i")]
+    assert row.finish == ("stop", end)
+
+
+def test_t5_may_print_sentinels_while_continuing():
+    row = Generation(request(config=T5_STYLE), TOKENIZER, T5_STYLE)
+    row.push(S[0])
+    assert row.finish is None
+
+
+def test_stop_strings_end_the_text_and_are_not_shown():
+    row = Generation(request(stop=("lo w",)), TOKENIZER, MOE)
+    assert "".join(text for _, text in pushed(row, ids("hello w"))) == "hel"
+    assert row.finish == ("stop", "lo w")
+
+
+def test_half_a_stop_string_is_shown_when_the_text_ends_otherwise():
+    row = Generation(request(stop=("lo w",)), TOKENIZER, MOE)
+    assert "".join(text for _, text in pushed(row, [*ids("hello"), EOS])) == "hello"
+
+
+def test_characters_are_never_cut():
+    row = Generation(request(max_tokens=4), TOKENIZER, MOE)
+    first, *rest = ids("\u4f60")
+    assert pushed(row, [first]) == []
+    assert pushed(row, rest) == [(0, "\u4f60")]
+    assert pushed(row, [first]) == [(0, "\ufffd")]  # the limit ends it in mid-character
+    assert row.finish == ("length", None)
+
+
+def run(model, asked):
+    events = list(generate(model, TOKENIZER, asked))
+    assert all(isinstance(event, Piece) for event in events[:-1])
+    assert isinstance(events[-1], Finished)
+    tokens = [token for event in events[:-1] for token in event.token_ids]
+    return tokens, "".join(event.text for event in events[:-1]), events[-1]
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_recomputing_everything_for_each_token():
+    model = tiny_model(T5_STYLE, seed=4)
+    asked = request("some text", T5_STYLE, max_tokens=12)
+    tokens, _, _ = run(model, asked)
+    source = torch.tensor([asked.encoder_ids])
+    target = [0]
+    row = Generation(asked, TOKENIZER, T5_STYLE)
+    for token in tokens:
+        rows = torch.tensor([target])
+        logits = model(source, torch.ones_like(source), rows, torch.ones_like(rows))[0, -1]
+        assert int(row.ban(logits).argmax()) == token
+        target.append(token)
+    assert len(tokens) >= 3
+
+
+def test_sampling_repeats_with_its_seed_and_tells_a_seed_it_drew():
+    model = tiny_model(seed=4)
+    asked = request("some text", max_tokens=16, temperature=1.5)
+    tokens, _, finished = run(model, asked)
+    again, _, _ = run(
+        model, request("some text", max_tokens=16, temperature=1.5, seed=finished.seed)
+    )
+    assert again == tokens
+
+
+def test_the_account_of_a_request():
+    _, _, finished = run(tiny_model(seed=4), request("abc", max_tokens=5))
+    assert finished.prompt_tokens == 4
+    assert 1 <= finished.completion_tokens <= 5
+    assert finished.encode_s > 0
+    assert finished.decode_s > 0
+
+
+def test_filling_answers_every_blank_or_hits_the_limit():
+    model = tiny_model(seed=4)
+    events = list(
+        generate(model, TOKENIZER, request(f"a{BLANK}b{BLANK}", fill=True, max_tokens=40))
+    )
+    finished = events[-1]
+    if finished.reason == "stop":
+        assert {event.blank for event in events[:-1]} == {0, 1}
+    else:
+        assert finished.completion_tokens == 40

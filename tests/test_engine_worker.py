@@ -1,0 +1,319 @@
+import asyncio
+import threading
+
+import pytest
+
+from engine.errors import CheckpointError, EngineStopped, Overloaded
+from engine.generation import generate
+from engine.prompt import build_request
+from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.worker import LoadedModel, Worker
+from tests.tiny import MOE, byte_tokenizer, tiny_model
+
+TOKENIZER = byte_tokenizer()
+TIMEOUT_S = 20
+
+
+def request(text="hello", request_id="r", **params) -> Request:
+    return build_request(text, TOKENIZER, MOE, SamplingParams(**params), request_id)
+
+
+def load(report):
+    report("reading weights")
+    return LoadedModel(tiny_model(), TOKENIZER)
+
+
+def ready_worker(**settings) -> Worker:
+    worker = Worker("tiny", load, **settings)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+    return worker
+
+
+def wait_until(condition) -> None:
+    deadline = threading.Event()
+    for _ in range(TIMEOUT_S * 100):
+        if condition():
+            return
+        deadline.wait(0.01)
+    raise AssertionError("waited too long")
+
+
+async def collect(stream) -> list:
+    return [event async for event in stream]
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+
+
+class Gate:
+    """A loader whose model waits at its first decoder step until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def load(self, report):
+        loaded = load(report)
+        step = loaded.model.step
+
+        def gated(*args):
+            self.reached.set()
+            assert self.opened.wait(TIMEOUT_S)
+            return step(*args)
+
+        loaded.model.step = gated
+        return loaded
+
+
+def test_a_request_gives_the_events_of_a_plain_run():
+    worker = ready_worker()
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=6, temperature=1.0, seed=3)))
+
+    events = run(scenario())
+    expected = list(
+        generate(tiny_model(), TOKENIZER, request(max_tokens=6, temperature=1.0, seed=3))
+    )
+    assert events[:-1] == expected[:-1]
+    assert events[-1].reason == expected[-1].reason
+    stats = worker.stats()
+    assert (stats.requests, stats.prompt_tokens) == (1, 6)
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_every_one_of_many_requests_ends_in_finished():
+    worker = ready_worker()
+
+    async def scenario():
+        streams = [worker.submit(request(f"text {i}", f"r{i}", max_tokens=3)) for i in range(10)]
+        return await asyncio.gather(*map(collect, streams))
+
+    assert all(isinstance(events[-1], Finished) for events in run(scenario()))
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_loading_is_told_apart_from_ready_and_refuses_requests():
+    gate = threading.Event()
+
+    def slow_load(report):
+        report("reading weights")
+        assert gate.wait(TIMEOUT_S)
+        return load(report)
+
+    worker = Worker("tiny", slow_load)
+    assert worker.state == "starting"
+    worker.start()
+    wait_until(lambda: worker.phase == "reading weights")
+    assert worker.state == "loading"
+    with pytest.raises(EngineStopped, match="not loaded: reading weights"):
+        _ = worker.config
+
+    async def scenario():
+        with pytest.raises(EngineStopped, match="the engine is loading"):
+            worker.submit(request())
+
+    run(scenario())
+    gate.set()
+    wait_until(lambda: worker.state == "ready")
+    assert worker.config == MOE
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_reason():
+    def bad_load(report):
+        raise CheckpointError("x: is empty")
+
+    worker = Worker("tiny", bad_load)
+    worker.start()
+    wait_until(lambda: worker.state == "failed")
+    assert worker.failure == "x: is empty"
+    with pytest.raises(EngineStopped, match="not loaded: x: is empty"):
+        _ = worker.tokenizer
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_full_queue_is_an_error_and_the_others_are_served():
+    gate = Gate()
+    worker = Worker("tiny", gate.load, max_queue=2)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        running = worker.submit(request(max_tokens=2))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        waiting = [worker.submit(request(max_tokens=2)) for _ in range(2)]
+        assert (worker.stats().running, worker.stats().queued) == (1, 2)
+        with pytest.raises(Overloaded, match="2 requests are waiting"):
+            worker.submit(request())
+        gate.opened.set()
+        return await asyncio.gather(*map(collect, [running, *waiting]))
+
+    assert all(isinstance(events[-1], Finished) for events in run(scenario()))
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_closing_a_stream_ends_the_request_at_its_next_step():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        stream = worker.submit(request(max_tokens=200, temperature=1.0))
+        waiting = worker.submit(request(max_tokens=200))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        await waiting.aclose()  # before it was begun
+        await stream.aclose()
+        gate.opened.set()
+        return await collect(worker.submit(request(max_tokens=1))), await collect(stream)
+
+    events, after_close = run(scenario())
+    assert isinstance(events[-1], Finished)
+    assert after_close == []
+    assert worker.stats().requests == 1  # the two closed ones were not finished
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_request_that_breaks_is_told_and_the_next_is_served():
+    def broken_once(report):
+        loaded = load(report)
+        encode, calls = loaded.model.encode, []
+
+        def fails_first(*args):
+            calls.append(args)
+            if len(calls) == 1:
+                raise RuntimeError("out of memory at 0xdeadbeef")
+            return encode(*args)
+
+        loaded.model.encode = fails_first
+        return loaded
+
+    worker = Worker("tiny", broken_once)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        return [await collect(worker.submit(request(max_tokens=1))) for _ in range(2)]
+
+    first, second = run(scenario())
+    assert first == [Failed("the engine could not carry out the request: RuntimeError")]
+    assert isinstance(second[-1], Finished)
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_draining_finishes_what_was_accepted_and_refuses_the_rest():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        streams = [worker.submit(request(max_tokens=2)) for _ in range(3)]
+        drain = asyncio.create_task(asyncio.to_thread(worker.drain, TIMEOUT_S))
+        await asyncio.to_thread(wait_until, lambda: worker.state == "draining")
+        with pytest.raises(EngineStopped, match="the engine is draining"):
+            worker.submit(request())
+        gate.opened.set()
+        events = await asyncio.gather(*map(collect, streams))
+        return events, await drain
+
+    events, drained = run(scenario())
+    assert drained
+    assert worker.state == "stopped"
+    assert all(isinstance(one[-1], Finished) for one in events)
+
+
+def test_draining_that_takes_too_long_fails_what_is_left():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        streams = [worker.submit(request(max_tokens=2)) for _ in range(2)]
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        assert not await asyncio.to_thread(worker.drain, 0.05)
+        return await asyncio.gather(*map(collect, streams))
+
+    for events in run(scenario()):
+        assert events == [Failed("the server stopped before the request was finished")]
+    gate.opened.set()
+    wait_until(lambda: worker.state == "stopped")
+
+
+def test_closed_requests_hold_no_place_in_the_queue():
+    gate = Gate()
+    worker = Worker("tiny", gate.load, max_queue=1)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        worker.submit(request(max_tokens=1))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        await worker.submit(request(max_tokens=1)).aclose()
+        kept = worker.submit(request(max_tokens=1))
+        gate.opened.set()
+        return await collect(kept)
+
+    assert isinstance(run(scenario())[-1], Finished)
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_broken_engine_thread_leaves_no_request_waiting():
+    def fails_our_own_check(report):
+        loaded = load(report)
+
+        def encode(*args):
+            raise AssertionError("our mistake")
+
+        loaded.model.encode = encode
+        return loaded
+
+    worker = Worker("tiny", fails_our_own_check)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        streams = [worker.submit(request(max_tokens=1)) for _ in range(2)]
+        return await asyncio.gather(*map(collect, streams), return_exceptions=True)
+
+    results = run(scenario())
+    ended = [Failed("the engine ended before the request was finished")]
+    assert results[0] == ended
+    assert results[1] == ended
+    wait_until(lambda: worker.state == "failed")
+    assert worker.failure == "the engine thread broke"
+
+
+def test_pieces_carry_their_tokens():
+    worker = ready_worker()
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=4, temperature=1.0, seed=1)))
+
+    events = run(scenario())
+    tokens = [t for e in events if isinstance(e, Piece) for t in e.token_ids]
+    assert events[-1].completion_tokens in (len(tokens), len(tokens) + 1)  # an end mark is no text
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_listener_whose_loop_is_gone_does_not_hurt_the_engine():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def leave():
+        worker.submit(request(max_tokens=3))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+
+    run(leave())
+    gate.opened.set()
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=1)))
+
+    assert isinstance(run(scenario())[-1], Finished)
+    assert worker.drain(TIMEOUT_S)

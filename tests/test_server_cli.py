@@ -1,0 +1,290 @@
+"""The `infmoe` command, settings, and the life of a server process."""
+
+import contextlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+from engine.errors import ConfigError
+from server.__main__ import COMMANDS, build_app, load, main, not_chosen
+from server.cli import greeting
+from server.lifecycle import is_loopback, open_socket
+from server.settings import Settings, read_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def infmoe(*arguments, **options):
+    command = [sys.executable, "-m", "server", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+def test_help_is_quick():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = infmoe("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in COMMANDS)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_s < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+        import sys
+        from server.__main__ import main
+        try:
+            main(["--help"])
+        except SystemExit as end:
+            assert not end.code
+        heavy = {"torch", "fastapi", "transformers", "numpy", "uvicorn", "pydantic_settings"}
+        print(sorted(heavy & set(sys.modules)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_command_shows_help():
+    result = CliRunner().invoke(build_app(None), [])
+    assert result.exit_code == 2
+    assert "serve" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["serve", "--nothing"], ["--nothing"]])
+def test_wrong_usage_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["serve", "x", "--port", "70000"]])
+def test_wrong_usage_of_serve(arguments, capsys, monkeypatch):
+    monkeypatch.delenv("INFMOE_MODEL", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_loaded(name):
+    function = load(COMMANDS[name])
+    assert function.__doc__
+    result = CliRunner().invoke(build_app(name), [name, "--help"])
+    assert result.exit_code == 0
+
+
+def test_only_the_chosen_command_is_loaded():
+    with pytest.raises(AssertionError, match="without being imported"):
+        not_chosen()
+
+
+def failing(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("infmoe: error: ")
+    return line
+
+
+def test_missing_model_is_one_line(capsys, tmp_path):
+    assert "is not a directory" in failing(capsys, ["serve", str(tmp_path / "none")])
+
+
+def test_wrong_setting_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("INFMOE_PORT", "many")
+    assert "port" in failing(capsys, ["serve", str(tmp_path)])
+
+
+def test_port_in_use_is_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = infmoe("serve", str(tmp_path), "--port", str(port))
+    assert result.returncode == 1
+    expected = f"infmoe: error: cannot listen on 127.0.0.1 port {port}: Address already in use"
+    assert result.stderr.splitlines() == [expected]
+
+
+def test_model_that_cannot_be_loaded_ends_the_process(tmp_path):
+    result = infmoe("serve", str(tmp_path), "--host", "0.0.0.0", "--port", "0")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    warning, address, *_, last = result.stderr.splitlines()
+    assert "listening on 0.0.0.0 without authentication" in warning
+    assert address.startswith("infmoe: listening on http://0.0.0.0:")
+    assert last.startswith("infmoe: error: the engine has ended: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_host_is_one_line():
+    with pytest.raises(OSError, match=r"^cannot listen on no\.such\.host\.invalid port 1: "):
+        open_socket("no.such.host.invalid", 1)
+
+
+def test_settings_from_the_environment(monkeypatch):
+    monkeypatch.setenv("INFMOE_PORT", "9000")
+    monkeypatch.setenv("INFMOE_MAX_QUEUE", "70")
+    settings = read_settings(port=9001, host=None)
+    assert (settings.port, settings.max_queue, settings.host) == (9001, 70, "127.0.0.1")
+
+
+def test_misspelt_setting_is_refused(monkeypatch):
+    monkeypatch.setenv("INFMOE_PROT", "9000")
+    with pytest.raises(ConfigError, match="unknown settings INFMOE_PROT; known: .*INFMOE_PORT"):
+        read_settings()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"port": 70_000}, "setting port"),
+        ({"drain_s": float("inf")}, "setting drain_s"),
+        ({"log_level": "loud"}, "setting log_level"),
+        ({"nothing": 1}, "setting nothing"),
+        ({"max_queue": 2}, "max_choices 64 exceeds max_queue 2"),
+    ],
+)
+def test_settings_out_of_bounds(options, text):
+    with pytest.raises(ConfigError, match=text):
+        read_settings(**options)
+
+
+def test_loopback():
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"))
+
+
+def test_greeting_is_one_line_with_a_sample():
+    with open_socket("127.0.0.1", 0) as listener:
+        text = greeting(listener)
+        port = listener.getsockname()[1]
+    assert "\n" not in text
+    assert f"listening on http://127.0.0.1:{port};" in text
+    assert f"curl http://127.0.0.1:{port}/v1/completions" in text
+
+
+def test_greeting_of_ipv6():
+    with contextlib.ExitStack() as stack:
+        try:
+            listener = stack.enter_context(open_socket("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        assert "http://[::1]:" in greeting(listener)
+
+
+SERVER = """
+    import sys
+    from engine.request import Piece
+    from server.app import create_app
+    from server.lifecycle import open_socket, run
+    from server.settings import Settings
+    from tests.fakes import HOLD, FakeEngine, finished
+
+    class Engine(FakeEngine):
+        def drain(self, timeout_s):
+            if sys.argv[1] == "finish":
+                self.release()
+            return super().drain(timeout_s)
+
+        def submit(self, request):
+            if sys.argv[1] == "fail":
+                self.state, self.failure = "failed", "out of memory"
+            return super().submit(request)
+
+    engine = Engine(lambda request: [Piece("a", (1,)), HOLD, finished(request)])
+    listener = open_socket("127.0.0.1", 0)
+    print(listener.getsockname()[1], flush=True)
+    try:
+        run(create_app(engine, Settings()), engine, listener, float(sys.argv[2]))
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@contextlib.contextmanager
+def server_process(mode, drain_s):
+    command = [sys.executable, "-c", textwrap.dedent(SERVER), mode, str(drain_s)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def open_stream(address):
+    body = {"prompt": "a", "stream": True}
+    with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=20) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert '"text":"a"' in next(lines)
+        yield lines
+
+
+def wait_unready(address):
+    while httpx2.get(f"{address}/health/ready").status_code == 200:
+        pass
+
+
+def test_drain_finishes_streams_and_exits_0():
+    with server_process("finish", 20) as (process, address), open_stream(address) as lines:
+        process.send_signal(signal.SIGTERM)
+        last, done = lines
+        assert '"finish_reason":"stop"' in last
+        assert done == "data: [DONE]"
+        assert process.wait(10) == 0
+        assert process.stderr.read() == ""
+
+
+def test_drain_refuses_new_work_and_ends_late_streams_with_an_error():
+    with server_process("hold", 2) as (process, address), open_stream(address) as lines:
+        process.send_signal(signal.SIGTERM)
+        wait_unready(address)
+        response = httpx2.post(f"{address}/v1/completions", json={"prompt": "b"})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "shutting_down"
+        error, done = lines
+        assert '"error"' in error
+        assert done == "data: [DONE]"
+        assert process.wait(10) == 0
+
+
+def test_second_signal_leaves_at_once():
+    with server_process("hold", 600) as (process, address), open_stream(address):
+        process.send_signal(signal.SIGTERM)
+        wait_unready(address)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 1
+        assert "EngineStopped: stopped by a second signal" in process.stderr.read()
+
+
+def test_failed_engine_ends_the_process():
+    with server_process("fail", 600) as (process, address):
+        with contextlib.suppress(httpx2.HTTPError):
+            httpx2.post(f"{address}/v1/completions", json={"prompt": "b"})
+        assert process.wait(10) == 1
+        assert "EngineStopped: the engine has ended: out of memory" in process.stderr.read()
+
+
+def test_default_settings_listen_on_this_machine_only():
+    assert is_loopback(Settings().host)

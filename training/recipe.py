@@ -1,0 +1,165 @@
+"""A training run as a TOML file; unknown keys and impossible values are errors."""
+
+import tomllib
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from engine.config import ModelConfig, config_from_dict
+from engine.errors import ConfigError
+
+OptimizerName = Literal["adamw", "adafactor"]
+ScheduleName = Literal["constant", "linear", "noam", "wsd"]
+Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecipe:
+    """A pair of text files, one document per line, and how often it is drawn against the others."""
+
+    train: str
+    valid: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"weight is {self.weight}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRecipe:
+    """Where the text is and how it becomes rows.
+
+    Lengths in tokens, paths relative to the recipe.
+    """
+
+    tokenizer: str
+    sources: tuple[SourceRecipe, ...]
+    shards: str = "shards"
+    source_length: int = 512
+    target_length: int = 256
+    window: int = 512
+    density: float = 0.15
+    mean_span: float = 10.0
+    continuation_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("[[data.sources]] is empty; name at least one pair of text files")
+        if not 16 <= self.window <= self.source_length:
+            raise ConfigError(
+                f"window is {self.window}; allowed: 16 to source_length {self.source_length}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRecipe:
+    """How long and how fast. One step = `accumulation` micro-batches of `rows` packed rows.
+
+    `balanced_until` is the share of the steps routed by balanced assignment; afterwards routing is
+    greedy, as at inference. `warmup` and `decay` are shares of the steps.
+    """
+
+    steps: int
+    rows: int = 16
+    accumulation: int = 1
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-3
+    schedule: ScheduleName = "wsd"
+    warmup: float = 0.05
+    decay: float = 0.2
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    precision: Precision = "bf16"
+    balanced_until: float = 1.0
+    seed: int = 1
+    eval_every: int = 500
+    eval_batches: int = 8
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "rows",
+            "accumulation",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup", "decay", "balanced_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1 (a share)")
+        if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
+            raise ConfigError("learning_rate and clip must be above 0, weight_decay not below 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One run: the model, the data, the training."""
+
+    model: ModelConfig
+    data: DataRecipe
+    train: TrainRecipe
+    folder: Path
+
+    def path(self, name: str) -> Path:
+        """A path of the recipe, relative to the folder of its file."""
+        return self.folder / name
+
+    def as_run(self) -> dict[str, Any]:
+        """The whole recipe with all defaults, for the record of the run."""
+        return {name: asdict(getattr(self, name)) for name in ("model", "data", "train")}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises ConfigError that names the file and the key if anything is unknown, missing or
+    impossible.
+    """
+    try:
+        with path.open("rb") as file:
+            tables = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+    if set(tables) != {"model", "data", "train"}:
+        raise ConfigError(f"{path}: tables are {sorted(tables)}; needed: model, data, train")
+    try:
+        data = dict(tables["data"])
+        sources = data.pop("sources", [])
+        data["sources"] = tuple(_build(SourceRecipe, item, "data.sources") for item in sources)
+        return Recipe(
+            model=config_from_dict(tables["model"]),
+            data=_build(DataRecipe, data, "data"),
+            train=_build(TrainRecipe, tables["train"], "train"),
+            folder=path.parent,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _build(kind: type[T], values: dict[str, Any], table: str) -> T:
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ConfigError(
+            f"[{table}] has unknown keys {', '.join(unknown)}; known: {', '.join(known)}"
+        )
+    needed = [name for name, field in known.items() if field.default is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"[{table}] lacks {', '.join(missing)}")
+    for key, value in values.items():
+        _check_type(f"[{table}] {key}", known[key].type, value)
+    return kind(**values)
+
+
+def _check_type(where: str, expected: Any, value: object) -> None:
+    if get_origin(expected) is Literal:
+        if value not in get_args(expected):
+            raise ConfigError(f"{where} is {value!r}; allowed: {', '.join(get_args(expected))}")
+    elif expected in (int, float, str):
+        allowed = (int, float) if expected is float else (expected,)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise ConfigError(f"{where} is {value!r}; expected {expected.__name__}")

@@ -1,0 +1,53 @@
+"""Batches of training rows, each a function of seed and number, so that a run resumes exactly."""
+
+import numpy as np
+
+from training.shards import Shard
+from training.span_corruption import Batch, Example, Objective, Packer, continue_text, corrupt_spans
+
+MISSES_BEFORE_FULL = 48  # examples in a row that find no room before a batch counts as full
+
+
+class Sampler:
+    """Draws windows of documents, source by source in proportion to the weights, and packs them."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        weights: list[float],
+        objective: Objective,
+        *,
+        rows: int,
+        source_length: int,
+        target_length: int,
+        window: int,
+    ) -> None:
+        self.shards = shards
+        self.shares = np.array(weights) / sum(weights)
+        self.objective = objective
+        self.rows = rows
+        self.source_length = source_length
+        self.target_length = target_length
+        self.window = window
+
+    def batch(self, seed: int, number: int) -> Batch:
+        """The batch of that number; the same for the same seed and number, whatever came before."""
+        rng = np.random.default_rng((seed, number))
+        packer = Packer(self.rows, self.source_length, self.target_length, self.objective)
+        misses = 0
+        while misses < MISSES_BEFORE_FULL:
+            example = self.example(rng)
+            fits = len(example.targets) <= self.target_length
+            misses = 0 if fits and packer.add(example) else misses + 1
+        return packer.batch()
+
+    def example(self, rng: np.random.Generator) -> Example:
+        """Draw one document, or a window of it, and make it an example."""
+        shard = self.shards[int(rng.choice(len(self.shards), p=self.shares))]
+        if rng.random() < self.objective.continuation_share:
+            # head and tail share the window; the tail has to fit the decoder
+            length = min(self.window - 2, self.target_length - 2)
+            document, is_end = shard.window(rng, length)
+            return continue_text(document, self.objective, rng, is_end=is_end)
+        document, _ = shard.window(rng, self.window)
+        return corrupt_spans(document, self.objective, rng)

@@ -1,0 +1,61 @@
+"""The state of a run on disk: weights, optimiser, step; safetensors only, written atomically."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+STATE_FILE = "state.safetensors"
+
+
+def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write the state after `step` steps, replacing the last one."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in values.items()}
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    partial = run / (STATE_FILE + ".partial")
+    save_file(contiguous, partial, metadata={"infmoe": json.dumps({"step": step})})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(run / STATE_FILE)
+
+
+def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore a run; returns the number of steps done, 0 if there is no state yet.
+
+    Raises ValueError if the state is damaged or belongs to another model.
+    """
+    path = run / STATE_FILE
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(json.loads(file.metadata()["infmoe"])["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model.load_state_dict(_part(tensors, "model."))
+        template = optimizer.state_dict()
+        template["state"] = _optimizer_state(_part(tensors, "optimizer."))
+        optimizer.load_state_dict(template)
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be resumed with this recipe ({error}); "
+            "give another run folder or delete it"
+        ) from error
+    return step
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _optimizer_state(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return state
