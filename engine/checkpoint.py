@@ -54,8 +54,8 @@ class NativeSource:
         return self._tensors.dtype("embedding.weight")
 
     @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer files that are there."""
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The tokenizer files that are there, by name."""
         return find_tokenizer_files(self.directory)
 
     @property
@@ -156,13 +156,14 @@ def save_state(
     if "embedding.weight" not in state:
         raise CheckpointError(f"{where}: has no embedding.weight")
     dtype = dtype or state["embedding.weight"].dtype
-    writer = open_writer(directory, config, dtype, shard_bytes=shard_bytes)
+    files = {path.name: path for path in tokenizer_files}
+    writer = open_writer(directory, config, dtype, files, shard_bytes=shard_bytes)
     for name, tensor in state.items():
         if not name.startswith("experts."):
             writer.write_dense(where, name, tensor)
     for layer in config.moe_layers():
         writer.write_experts(where, layer, _unstack(config, state, layer))
-    writer.finish(tokenizer_files)
+    writer.finish()
 
 
 def open_expert_stores(directory: Path, config: ModelConfig) -> dict[str, ExpertStore]:
@@ -195,10 +196,10 @@ def check_directory(directory: Path) -> None:
         raise CheckpointError(f"{directory}: is empty; expected the files of a model")
 
 
-def find_tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """The tokenizer files of a directory, native or released."""
+def find_tokenizer_files(directory: Path) -> dict[str, Path]:
+    """The tokenizer files of a directory, native or released, by name."""
     paths = (directory / name for name in TOKENIZER_FILES)
-    return tuple(path for path in paths if path.exists())
+    return {path.name: path for path in paths if path.exists()}
 
 
 def _open_layer(path: Path, layer: str, config: ModelConfig) -> ExpertStore:

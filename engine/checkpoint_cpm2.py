@@ -89,9 +89,9 @@ class Cpm2Source:
         return self._states[0][WORDS].dtype
 
     @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
+    def tokenizer_files(self) -> dict[str, Path]:
         """The vocabulary, if there is one."""
-        return () if self._vocab is None else (self._vocab,)
+        return {} if self._vocab is None else {VOCABULARY: self._vocab}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -108,18 +108,22 @@ class Cpm2Source:
 
         Warns if their norms differ: the router has one norm for all, that of expert 0.
         """
-        names = expert_names(layer)
-        first = self._expert(self._ranks.rows[0], self._states, names)
-        yield first
-        for expert in range(1, self.config.num_experts):
-            if not self._ranks.is_by_expert:
-                yield first
-                continue
-            row = self._ranks.rows[expert]
-            tensors = self._expert(row, [_read_state(path) for path in row], names)
-            if not torch.equal(tensors["norm"], first["norm"]):
-                logger.warning("%s: the norms of experts 0 and %d differ", layer, expert)
-            yield tensors
+        names, rows = expert_names(layer), self._ranks.rows
+        if not self._ranks.is_by_expert:
+            shared = self._expert(rows[0], self._states, names)
+            for _ in range(self.config.num_experts):
+                yield shared
+            return
+        norm = self._merge(rows[0], self._states, *names["norm"])
+        odd = []
+        for expert, row in enumerate(rows):
+            states = [_read_state(path) for path in row] if expert else self._states
+            if not torch.equal(self._merge(row, states, *names["norm"]), norm):
+                odd.append(expert)
+            yield self._expert(row, states, names)  # no name here keeps it in memory
+            states = []
+        if odd:
+            logger.warning("%s: norms differ from that of expert 0: experts %s", layer, odd)
 
     def prompt(self) -> Tensor | None:
         """The soft prompt (P, D) that was stored with the model, if any."""

@@ -83,8 +83,8 @@ class HuggingFaceSource:
         return self._tensors.dtype(_embedding_key(self._tensors.names()))
 
     @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer files that are there."""
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The tokenizer files that are there, by name."""
         return find_tokenizer_files(self.directory)
 
     @property

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def read_experts(path: Path, config: ModelConfig) -> Iterator[dict[str, Tensor]]
     Raises CheckpointError if members are missing, left over, misshapen or damaged, or the number of
     experts is not that of the config. Pickled objects are refused, not run.
     """
-    with translated(path, "read"), _open(path) as archive:
+    # numpy leaks a file that it opened itself and found damaged
+    with translated(path, "read"), path.open("rb") as file, _open(path, file) as archive:
         _check_members(path, archive.files, config)
         for expert in range(config.num_experts):
             tensors = {
@@ -98,9 +100,9 @@ def read_router_norm(path: Path, config: ModelConfig) -> Tensor:
     return torch.from_numpy(_load_array(path, (config.d_model,)))
 
 
-def _open(path: Path) -> NpzFile:
+def _open(path: Path, file: BinaryIO) -> NpzFile:
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(file, allow_pickle=False)
     except NUMPY_ERRORS as error:
         raise CheckpointError(f"{path}: truncated or no .npz archive ({error})") from error
     if not isinstance(archive, NpzFile):
@@ -130,9 +132,9 @@ def _tensor(path: Path, archive: NpzFile, name: str) -> Tensor:
 
 
 def _load_array(path: Path, expected: Shape) -> NDArray[np.floating]:
-    with translated(path, "read"):
+    with translated(path, "read"), path.open("rb") as file:
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.load(file, allow_pickle=False)
         except NUMPY_ERRORS as error:
             raise CheckpointError(f"{path}: truncated or no .npy file ({error})") from error
     if not isinstance(array, np.ndarray):

@@ -181,6 +181,7 @@ def _open(path: Path) -> _Handle:
     if not path.exists():
         raise CheckpointError(f"{path}: is missing; copy or download it again")
     with translated(path, "opened"):
+        path.open("rb").close()  # safetensors calls every failure "no such file"
         handle: _Handle = safe_open(path, framework="pt")
     return handle
 

@@ -100,12 +100,13 @@ class NativeWriter:
         expected = self._config.num_experts
         with translated(path, "written"), create_store(path, layer, layout, expected) as store:
             count = 0
-            for count, tensors in enumerate(experts, 1):
-                if count > expected:
+            for tensors in experts:
+                if count == expected:
                     raise CheckpointError(f"{where}: {layer} has more than {expected} experts")
-                expert = f"{where}: {layer} expert {count - 1}"
-                converted = self._convert_expert(expert, tensors)
-                store.write(count - 1, {key: raw_bytes(part) for key, part in converted.items()})
+                converted = self._convert_expert(f"{where}: {layer} expert {count}", tensors)
+                store.write(count, {key: raw_bytes(part) for key, part in converted.items()})
+                count += 1
+                del tensors, converted  # before the next one is drawn
             if count < expected:
                 raise CheckpointError(f"{where}: {layer} has {count} experts, expected {expected}")
             store.finish()
@@ -115,8 +116,8 @@ class NativeWriter:
         check_expert(where, tensors, shapes)
         return {key: convert_tensor(where, key, tensors[key], self._dtype) for key in shapes}
 
-    def finish(self, tokenizer_files: Iterable[Path]) -> None:
-        """Copy the tokenizer files, write the config, and rename DIR.partial to DIR.
+    def finish(self) -> None:
+        """Write the config, push everything to the disk, and rename DIR.partial to DIR.
 
         Raises CheckpointError if a tensor or a layer has not been written.
         """
@@ -129,8 +130,6 @@ class NativeWriter:
             if not self.has_experts(layer):
                 raise CheckpointError(f"{self._directory}: the experts of {layer} are missing")
         with translated(self._directory, "written"):
-            for file in tokenizer_files:
-                shutil.copyfile(file, self._partial / file.name)
             (self._partial / CONFIG).write_text(self._config.to_json(), encoding="utf-8")
             (self._partial / MANIFEST).unlink()
             _sync(*self._partial.iterdir(), self._partial)
@@ -141,16 +140,20 @@ def open_writer(
     directory: Path,
     config: ModelConfig,
     dtype: torch.dtype,
+    files: Mapping[str, Path],
     *,
     source: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> NativeWriter:
     """Start a native directory, or go on with one that the same conversion left unfinished.
 
+    `files` are copied under the names they are given, which must be of TOKENIZER_FILES.
     `source` tells where the tensors come from; what DIR.partial holds is kept only if source, dtype
     and config are those of the run that left it. None always starts over.
     Raises CheckpointError if DIR holds anything but an older native model, or cannot be written.
     """
+    if unknown := sorted(files.keys() - set(TOKENIZER_FILES)):
+        raise ValueError(f"{unknown[0]} is no tokenizer file; known: {', '.join(TOKENIZER_FILES)}")
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{directory}: {dtype} cannot be written; use a floating dtype")
     directory = directory.resolve()
@@ -162,6 +165,12 @@ def open_writer(
             _remove_own(partial)
             partial.mkdir(parents=True)
             (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+        for stale in partial.glob(
+            "model*"
+        ):  # dense tensors are written anew, maybe in other shards
+            stale.unlink()
+        for name, file in files.items():
+            shutil.copyfile(file, partial / name)
     _drop_foreign_stores(partial, config, dtype)
     dense = TensorWriter(partial, dense_shapes(config), dtype, shard_bytes)
     dense.create()

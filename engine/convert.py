@@ -41,8 +41,8 @@ class Source(Protocol):
         ...
 
     @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """The tokenizer files that are there."""
+    def tokenizer_files(self) -> Mapping[str, Path]:
+        """The tokenizer files that are there, by the names they take in a native directory."""
         ...
 
     @property
@@ -139,11 +139,12 @@ def convert(
         logger.warning("%s: has no tokenizer files; the result takes token ids only", src)
     if isinstance(source, Cpm2Source) and source.prompt() is not None:
         logger.warning("%s: the soft prompt stored with the model is left out", src)
-    writer = open_writer(dst, source.config, dtype, source=_identity(src, source))
+    files, identity = source.tokenizer_files, _identity(src, source)
+    writer = open_writer(dst, source.config, dtype, files, source=identity)
     for item in _transfer(source, str(src), writer, dtype):
         if progress is not None:
             progress(item)
-    writer.finish(source.tokenizer_files)
+    writer.finish()
 
 
 def _transfer(
@@ -151,18 +152,18 @@ def _transfer(
 ) -> Iterator[Progress]:
     """Write everything, telling after each tensor and each layer of experts how far it is."""
     config = source.config
-    counts = count_parameters(config)
-    total = counts["total"] * dtype.itemsize
-    layers = config.moe_layers()
+    layer_bytes = config.num_experts * _expert_parameters(config) * dtype.itemsize
+    dense_bytes = sum(map(math.prod, dense_shapes(config).values())) * dtype.itemsize
+    total = dense_bytes + layer_bytes * len(config.moe_layers())
     done = 0
     for name, tensor in source.dense():
         writer.write_dense(where, name, tensor)
         done += tensor.numel() * dtype.itemsize
         yield Progress(name, done, total)
-    for layer in layers:
+    for layer in config.moe_layers():
         if not writer.has_experts(layer):
             writer.write_experts(where, layer, source.experts(layer))
-        done += counts["experts"] // len(layers) * dtype.itemsize
+        done += layer_bytes
         yield Progress(f"experts of {layer}", done, total)
 
 
@@ -183,7 +184,7 @@ def inspect(path: Path, vocab: Path | None = None) -> dict[str, object]:
             {"name": str(file.relative_to(path)), "bytes": size} for file, size in sizes.items()
         ],
         "bytes": sum(sizes.values()),
-        "tokenizer_files": [file.name for file in source.tokenizer_files],
+        "tokenizer_files": sorted(source.tokenizer_files),
     }
 
 
@@ -196,7 +197,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     dense = sum(
         math.prod(shape) for name, shape in shapes.items() if not name.endswith(".router_norm")
     )
-    one = sum(math.prod(shape) for shape in config.expert_shapes().values())
+    one = _expert_parameters(config)
     num_layers = len(config.moe_layers())
     experts = one * config.num_experts * num_layers
     return {
@@ -208,8 +209,12 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def _expert_parameters(config: ModelConfig) -> int:
+    return sum(map(math.prod, config.expert_shapes().values()))
+
+
 def _identity(src: Path, source: Source) -> str:
     """What must be unchanged for a killed conversion to go on: place, size and age of each file."""
-    files = [(str(file), file.stat()) for file in (*source.files, *source.tokenizer_files)]
+    files = [(str(file), file.stat()) for file in (*source.files, *source.tokenizer_files.values())]
     facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     return json.dumps([str(src.resolve()), asdict(source.config), facts])

@@ -134,7 +134,15 @@ def test_tokenizer_files_are_copied(tmp_path):
     vocabulary.write_text("<unk>\n北京\n", encoding="utf-8")
     save_model(random_model(), tmp_path / "m", [vocabulary])
     assert (tmp_path / "m" / "vocab.txt").read_bytes() == vocabulary.read_bytes()
-    assert [path.name for path in open_native(tmp_path / "m").tokenizer_files] == ["vocab.txt"]
+    assert list(open_native(tmp_path / "m").tokenizer_files) == ["vocab.txt"]
+
+
+def test_other_files_are_not_copied(tmp_path):
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.md is no tokenizer file; known: vocab\.txt"):
+        save_model(random_model(), tmp_path / "m", [tmp_path / "notes.md"])
+    with pytest.raises(CheckpointError, match="cannot be written: No such file"):
+        save_model(random_model(), tmp_path / "m", [tmp_path / "vocab.txt"])
 
 
 def test_experts_from_elsewhere_are_not_read(saved):
@@ -175,6 +183,10 @@ def test_no_permission(saved):
     (saved / "model.safetensors").chmod(0)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be opened: Permission"):
         load_model(saved)
+    saved.parent.chmod(0o500)
+    with pytest.raises(CheckpointError, match=r"new\.partial: cannot be written: Permission"):
+        save_model(random_model(), saved.parent / "new")
+    saved.parent.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "experts-decoder-1.safetensors"])
@@ -406,7 +418,7 @@ def expert_list(model, layer):
 
 def test_writer_counts_experts(tmp_path):
     model = random_model()
-    writer = open_writer(tmp_path / "m", MOE, torch.float32)
+    writer = open_writer(tmp_path / "m", MOE, torch.float32, {})
     experts = expert_list(model, "encoder-0")
     with pytest.raises(CheckpointError, match="src: encoder-0 has 2 experts, expected 3"):
         writer.write_experts("src", "encoder-0", experts[:2])
@@ -417,14 +429,14 @@ def test_writer_counts_experts(tmp_path):
         if not name.startswith("experts."):
             writer.write_dense("src", name, tensor)
     with pytest.raises(CheckpointError, match="the experts of encoder-0 are missing"):
-        writer.finish([])
+        writer.finish()
 
 
 def test_writer_keeps_the_experts_of_the_same_conversion_only(tmp_path):
     model, directory = random_model(), tmp_path / "m"
 
     def start(source="a", dtype=torch.float32, config=MOE):
-        return open_writer(directory, config, dtype, source=source)
+        return open_writer(directory, config, dtype, {}, source=source)
 
     def write(writer):
         writer.write_experts("src", "encoder-0", expert_list(model, "encoder-0"))

@@ -53,7 +53,7 @@ def test_dense_from_any_number_of_ranks(tmp_path, mp, zip_format):
     source = open_cpm2(tmp_path)
     assert source.dtype is torch.float16
     assert len(source.files) == mp
-    assert source.tokenizer_files == (tmp_path / "vocab.txt",)
+    assert source.tokenizer_files == {"vocab.txt": tmp_path / "vocab.txt"}
     assert_same(build(source), model)
 
 
@@ -165,7 +165,7 @@ def test_vocabulary_beside_the_rank_files_and_with_a_final_newline(tmp_path):
     folder = write_rank_files(tiny_model(), tmp_path, 1)
     path = (tmp_path / "vocab.txt").rename(folder / "vocab.txt")
     path.write_text(path.read_text("utf-8") + "\n", "utf-8")
-    assert open_cpm2(tmp_path).tokenizer_files == (path,)
+    assert open_cpm2(tmp_path).tokenizer_files == {"vocab.txt": path}
     assert open_cpm2(folder).config == TINY
 
 
@@ -195,7 +195,7 @@ def test_released_sizes_are_known_without_a_vocabulary(tmp_path):
     (tmp_path / "vocab.txt").unlink()
     source = open_cpm2(tmp_path)
     assert source.config == small
-    assert source.tokenizer_files == ()
+    assert source.tokenizer_files == {}
 
 
 RELEASED = {
@@ -274,7 +274,7 @@ def test_warns_if_the_norms_of_experts_differ(tmp_path, caplog):
     write_rank_files(model, tmp_path, 1, by_expert=True)
     assert_same(build(open_cpm2(tmp_path)), model)
     assert [record.getMessage() for record in caplog.records] == [
-        "decoder-1: the norms of experts 0 and 2 differ"
+        "decoder-1: norms differ from that of expert 0: experts [2]"
     ]
 
 

@@ -1,0 +1,288 @@
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from engine.checkpoint import load_model, save_model
+from engine.config import CPM2_11B, CPM2_MOE_198B
+from engine.convert import convert, count_parameters, detect_kind, inspect, load_any, open_source
+from engine.errors import CheckpointError
+from engine.model.transformer import num_parameters
+from tests.cpm2_files import TINY, tiny_model, write_rank_files, write_vocabulary
+
+ROOT = Path(__file__).parents[1]
+MOE = dataclasses.replace(TINY, num_experts=4)
+
+
+@pytest.fixture
+def moe_files(tmp_path):
+    """A CPM-2-MoE checkpoint of 4 experts by 2 ranks."""
+    write_rank_files(tiny_model(MOE).half(), tmp_path / "cpm2", 2, by_expert=True)
+    return tmp_path / "cpm2"
+
+
+@pytest.fixture
+def t5_files(tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_layers": 1,
+        "num_heads": 4,
+    }
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "spiece.model").write_bytes(b"pieces")
+    return tmp_path / "t5"
+
+
+def pickled(directory):
+    from safetensors.torch import load_file
+
+    path = directory / "model.safetensors"
+    torch.save(load_file(path), directory / "pytorch_model.bin")
+    path.unlink()
+    return directory
+
+
+def assert_same(model, expected):
+    assert model.config == expected.config
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_cpm2(tmp_path, config):
+    model = tiny_model(config).half()
+    write_rank_files(model, tmp_path / "cpm2", 2, by_expert=config is MOE)
+    convert(tmp_path / "cpm2", tmp_path / "out")
+    assert_same(load_model(tmp_path / "out"), model)
+    assert (tmp_path / "out" / "vocab.txt").exists()
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "conversion.json").exists()
+    convert(tmp_path / "cpm2", tmp_path / "wide", torch.float32)
+    assert_same(load_model(tmp_path / "wide"), model.float())
+
+
+def test_hugging_face(t5_files, tmp_path):
+    expected = load_any(t5_files)
+    convert(t5_files, tmp_path / "out")
+    assert_same(load_any(tmp_path / "out"), expected)
+    assert (tmp_path / "out" / "spiece.model").read_bytes() == b"pieces"
+    convert(pickled(t5_files), tmp_path / "from-pickle", torch.bfloat16)
+    assert_same(load_any(tmp_path / "from-pickle", torch.bfloat16), expected.bfloat16())
+
+
+def test_native_to_another_dtype(tmp_path, caplog):
+    model = tiny_model(MOE)
+    save_model(model, tmp_path / "in")
+    with caplog.at_level(logging.WARNING):
+        convert(tmp_path / "in", tmp_path / "out", torch.bfloat16)
+    assert "has no tokenizer files" in caplog.text
+    assert_same(load_any(tmp_path / "out"), model.bfloat16())
+
+
+def test_pickles_are_not_served_as_they_are(moe_files, t5_files):
+    with pytest.raises(CheckpointError, match="cpm2: holds pickles; run `infmoe convert` on it"):
+        load_any(moe_files)
+    with pytest.raises(CheckpointError, match="pickles only; run `infmoe convert` on it"):
+        load_any(pickled(t5_files))
+
+
+def test_prompt_is_left_out_with_a_warning(tmp_path, caplog):
+    def change(rank, state):
+        state["encoder.prompt_embeds.weight"] = torch.ones(3, 32)
+
+    write_rank_files(tiny_model(), tmp_path / "cpm2", 1, change=change)
+    with caplog.at_level(logging.WARNING):
+        convert(tmp_path / "cpm2", tmp_path / "out")
+    assert "soft prompt stored with the model is left out" in caplog.text
+    assert_same(load_any(tmp_path / "out"), tiny_model())
+
+
+def test_vocabulary_from_elsewhere(moe_files, tmp_path):
+    (moe_files / "vocab.txt").unlink()
+    vocabulary = tmp_path / "mine.txt"
+    write_vocabulary(vocabulary, 96, bilingual=True)
+    convert(moe_files, tmp_path / "out", vocab=vocabulary)
+    assert load_any(tmp_path / "out").config.tokenizer == "cpm2_zh_en"
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == vocabulary.read_bytes()
+
+
+def test_vocabulary_where_none_is_needed(t5_files, tmp_path):
+    with pytest.raises(CheckpointError, match="is no CPM-2 checkpoint; a vocabulary is not needed"):
+        convert(t5_files, tmp_path / "out", vocab=tmp_path / "vocab.txt")
+
+
+def test_cpm2_without_a_vocabulary_is_inspected_but_not_converted(tmp_path):
+    small = dataclasses.replace(TINY, vocab_size=26240, d_model=8, num_heads=2, d_ff=8)
+    write_rank_files(tiny_model(small), tmp_path / "cpm2", 1)
+    (tmp_path / "cpm2" / "vocab.txt").unlink()
+    assert inspect(tmp_path / "cpm2")["tokenizer_files"] == []
+    with pytest.raises(CheckpointError, match=r"vocab\.txt is missing; put it there, or name it"):
+        convert(tmp_path / "cpm2", tmp_path / "out")
+
+
+def test_progress(moe_files, tmp_path):
+    steps = []
+    convert(moe_files, tmp_path / "out", progress=steps.append)
+    assert [step.item for step in steps[-4:]] == [f"experts of {n}" for n in MOE.moe_layers()]
+    done = [step.done_bytes for step in steps]
+    assert done == sorted(done)
+    assert {step.total_bytes for step in steps} == {done[-1]}
+    stored = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert done[-1] <= stored
+
+
+# Interrupted conversions
+
+
+def interrupt_after(item):
+    def progress(step):
+        if step.item == item:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def inodes(directory):
+    return {path.name: path.stat().st_ino for path in directory.glob("experts-*")}
+
+
+def test_interrupted_conversion_goes_on(moe_files, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(KeyboardInterrupt):
+        convert(moe_files, out, progress=interrupt_after("experts of encoder-1"))
+    assert not out.exists()
+    first = inodes(partial)
+    assert sorted(first) == ["experts-encoder-0.safetensors", "experts-encoder-1.safetensors"]
+    convert(moe_files, out)
+    assert first.items() <= inodes(out).items()  # kept, not written again
+    assert_same(load_any(out), tiny_model(MOE).half())
+
+
+@pytest.mark.parametrize("change", ["source", "dtype", "vocabulary"])
+def test_interrupted_conversion_starts_over_if_anything_changed(moe_files, tmp_path, change):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(moe_files, out, progress=interrupt_after("experts of decoder-0"))
+    model, dtype = tiny_model(MOE).half(), None
+    if change == "source":
+        shutil.rmtree(moe_files)
+        model = tiny_model(MOE, seed=1).half()
+        write_rank_files(model, moe_files, 2, by_expert=True)
+    elif change == "dtype":
+        model, dtype = model.bfloat16(), torch.bfloat16
+    else:
+        os.utime(moe_files / "vocab.txt", (1, 1))
+    convert(moe_files, out, dtype)
+    assert_same(load_any(out), model)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import engine.checkpoint_cpm2 as cpm2
+from engine.convert import convert
+
+class Dying(cpm2.Cpm2Source):
+    def experts(self, layer):
+        for expert, tensors in enumerate(super().experts(layer)):
+            if (layer, expert) == ("decoder-0", 2):
+                os._exit(9)
+            yield tensors
+
+cpm2.Cpm2Source = Dying
+convert(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_killed_conversion_goes_on(moe_files, tmp_path):
+    """The process dies in the middle of an expert file, so nothing of it cleans up."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-c", KILLED, str(moe_files), str(out)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+    assert (partial / "experts-decoder-0.safetensors.partial").exists()
+    with pytest.raises(CheckpointError, match=r"out\.partial is an unfinished conversion: run it"):
+        load_any(out)
+    first = inodes(partial)
+    convert(moe_files, out)
+    kept = [name for name, inode in inodes(out).items() if first.get(name) == inode]
+    assert sorted(kept) == ["experts-encoder-0.safetensors", "experts-encoder-1.safetensors"]
+    assert_same(load_any(out), tiny_model(MOE).half())
+    assert list(out.glob("*.partial")) == []
+
+
+def test_a_damaged_source_fails_and_leaves_no_model(moe_files, tmp_path):
+    path = moe_files / "100000" / "mp_rank_03_01_model_states.pt"
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"mp_rank_03_01_model_states\.pt: truncated"):
+        convert(moe_files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_targets(moe_files, tmp_path):
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        convert(moe_files, moe_files)
+    with pytest.raises(CheckpointError, match="is not empty and holds no native model"):
+        convert(moe_files, tmp_path)
+    with pytest.raises(CheckpointError, match="int8 cannot be written"):
+        convert(moe_files, tmp_path / "out", torch.int8)
+
+
+# What is there
+
+
+def test_detects_the_kind(moe_files, t5_files, tmp_path):
+    save_model(tiny_model(), tmp_path / "native")
+    assert detect_kind(moe_files) == "cpm2"
+    assert detect_kind(moe_files / "100000") == "cpm2"
+    assert detect_kind(t5_files) == "huggingface"
+    assert detect_kind(tmp_path / "native") == "native"
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (tmp_path / "absent", "absent: does not exist"),
+        (tmp_path / "empty", "empty: is empty"),
+        (tmp_path, "holds no model; expected config.json"),
+        (moe_files / "vocab.txt", "vocab.txt: cannot be listed: Not a directory"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            open_source(path)
+
+
+def test_inspects_every_kind(moe_files, t5_files, tmp_path):
+    convert(moe_files, tmp_path / "native")
+    for path, kind, dtype in [
+        (moe_files, "cpm2", "float16"),
+        (t5_files, "huggingface", "float32"),
+        (tmp_path / "native", "native", "float16"),
+    ]:
+        facts = json.loads(json.dumps(inspect(path)))
+        assert (facts["kind"], facts["dtype"]) == (kind, dtype)
+        assert facts["config"]["vocab_size"] == 96
+        sizes = [(path / file["name"]).stat().st_size for file in facts["files"]]
+        assert sizes == [file["bytes"] for file in facts["files"]]
+        assert facts["bytes"] == sum(sizes)
+    assert facts["tokenizer_files"] == ["vocab.txt"]
+    assert facts["parameters"]["total"] == num_parameters(tiny_model(MOE))
+    assert len(facts["files"]) == 5
+
+
+def test_counts_parameters_of_the_published_models():
+    dense = count_parameters(CPM2_11B)
+    assert dense["total"] == dense["active"] == 11_087_097_856
+    assert dense["experts"] == dense["one_expert"] == 0
+    moe = count_parameters(CPM2_MOE_198B)
+    assert moe["total"] == 198_543_978_496
+    assert moe["one_expert"] == 125_829_120 + 4096
+    assert moe["active"] == 11_297_861_632 + 48 * 32 * 4096
