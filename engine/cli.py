@@ -125,3 +125,16 @@ def inspect_model(
             typer.echo(f"{key:<16}{', '.join(map(str, value))}")
         else:
             typer.echo(f"{key:<16}{value:,}" if isinstance(value, int) else f"{key:<16}{value}")
+
+
+def bench(
+    model: ModelArgument,
+    source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 128,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
+) -> None:
+    """Measure decoding against recomputing without a cache, and against the memory bandwidth."""
+    from engine.bench import print_report, run_bench
+    from engine.model.dtypes import parse_dtype
+
+    print_report(run_bench(model, parse_dtype(dtype), source_tokens, decode_tokens))

@@ -24,8 +24,9 @@ COMMANDS = {
     "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
     "convert": Command("engine.cli", "convert", "Write a checkpoint as a native model directory."),
     "inspect": Command("engine.cli", "inspect_model", "Tell what a model directory holds."),
-    "train": Command("training.cli", "train", "Train a model by a recipe."),
-    "corpus": Command("training.cli", "corpus", "Collect a small training corpus."),
+    "bench": Command("engine.cli", "bench", "Measure decoding against its limits."),
+    "train": Command("training.cli", "train", "Train a model as a recipe says."),
+    "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),
 }
 
 

@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 def open_engine(model: Path, settings: Settings) -> Engine:
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
-    from engine.checkpoint import load_model
+    from engine.convert import load_any
+    from engine.model.dtypes import parse_dtype
     from engine.tokenizer import open_tokenizer
     from engine.worker import LoadedModel, Worker
 
     def load(report_phase: Callable[[str], None]) -> LoadedModel:
         report_phase("reading weights")
-        transformer = load_model(model)
+        transformer = load_any(model, parse_dtype(settings.dtype))
         return LoadedModel(transformer, open_tokenizer(model, transformer.config.tokenizer))
 
     worker = Worker(model.resolve().name, load, max_queue=settings.max_queue)
@@ -58,6 +59,9 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; left out, as stored.")
+    ] = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)
     ] = None,
@@ -68,7 +72,12 @@ def serve(
     Options win over the environment: INFMOE_HOST, INFMOE_PORT and so on.
     """
     settings = read_settings(
-        model=model, host=host, port=port, max_queue=max_queue, log_level=log_level
+        model=model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_queue=max_queue,
+        log_level=log_level,
     )
     if settings.model is None:
         raise typer.BadParameter("give a model directory or set INFMOE_MODEL", param_hint="MODEL")

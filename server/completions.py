@@ -43,7 +43,7 @@ class Completions:
         """Continue prompts or fill their blanks; with `stream: true` as an event stream."""
         require_ready(self._engine)
         require_model(self._engine, body.model)
-        body.check(self._settings.max_choices)
+        body.check(self._settings.choices_limit)
         reply_id = new_id()
         # Tokenizing is work for a processor; on the event loop it would hold up all other streams.
         requests = await anyio.to_thread.run_sync(

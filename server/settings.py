@@ -21,6 +21,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
     model: Path | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     max_queue: Count = 256
@@ -32,12 +33,17 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
-        if self.max_choices > self.max_queue:
+        if "max_choices" in self.model_fields_set and self.max_choices > self.max_queue:
             raise ValueError(
                 f"max_choices {self.max_choices} exceeds max_queue {self.max_queue}: "
                 "such a request would be refused even by an idle server"
             )
         return self
+
+    @property
+    def choices_limit(self) -> int:
+        """Choices that one request may ask for: never more than the queue holds."""
+        return min(self.max_choices, self.max_queue)
 
 
 def read_settings(**options: object) -> Settings:

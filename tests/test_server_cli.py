@@ -160,7 +160,7 @@ def test_misspelt_setting_is_refused(monkeypatch):
         ({"drain_s": float("inf")}, "setting drain_s"),
         ({"log_level": "loud"}, "setting log_level"),
         ({"nothing": 1}, "setting nothing"),
-        ({"max_queue": 2}, "max_choices 64 exceeds max_queue 2"),
+        ({"max_queue": 2, "max_choices": 3}, "max_choices 3 exceeds max_queue 2"),
     ],
 )
 def test_settings_out_of_bounds(options, text):

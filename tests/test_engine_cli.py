@@ -1,0 +1,169 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.checkpoint import save_model
+from server.__main__ import main
+from tests.tiny import MOE, tiny_model
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    path = tmp_path / "model"
+    save_model(tiny_model(seed=4), path)
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+def test_generate_prints_the_same_text_for_the_same_seed(capsys, model_dir):
+    options = ["--max-tokens", 12, "--temperature", 1.5, "--seed", 3]
+    first = run(capsys, "generate", model_dir, "hello", *options)
+    assert first == run(capsys, "generate", model_dir, "hello", *options)
+    assert (first[0], first[2]) == (0, "")
+    assert first[1].strip()
+
+
+def test_generate_reads_standard_input(capsys, model_dir, monkeypatch, tmp_path):
+    (tmp_path / "text").write_text("hello")
+    with (tmp_path / "text").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        piped = run(capsys, "generate", model_dir, "-", "--seed", 1, "--temperature", 1)
+    assert piped == run(capsys, "generate", model_dir, "hello", "--seed", 1, "--temperature", 1)
+
+
+def test_fill_prints_a_line_for_each_blank(capsys, model_dir):
+    for seed in range(20):
+        options = ["--fill", "--temperature", 2, "--seed", seed, "--max-tokens", 60]
+        code, out, _ = run(capsys, "generate", model_dir, "a <span> b <span> c", *options)
+        assert code == 0
+        if out.count("\n") >= 2:  # both blanks were reached
+            return
+    raise AssertionError("no seed reached the second blank")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-tokens", 0], "max_tokens is 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--fill"], "holds 0 blanks"),
+    ],
+)
+def test_bad_options_give_one_line_and_exit_1(capsys, model_dir, arguments, message):
+    code, out, err = run(capsys, "generate", model_dir, "hello", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("infmoe: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_wrong_dtype_is_wrong_usage(capsys, model_dir):
+    assert run(capsys, "generate", model_dir, "hello", "--dtype", "int3")[0] == 2
+
+
+def test_tokenize_shows_ids_and_pieces(capsys, model_dir):
+    assert run(capsys, "tokenize", model_dir, "hi") == (0, "107\t'h'\n108\t'i'\n", "")
+
+
+def test_inspect_tells_what_is_there(capsys, model_dir):
+    code, out, _ = run(capsys, "inspect", model_dir, "--json")
+    facts = json.loads(out)
+    assert (code, facts["kind"], facts["config"]["num_experts"]) == (0, "native", 4)
+    code, out, _ = run(capsys, "inspect", model_dir)
+    assert "experts-encoder-0.safetensors" in out
+    assert f"{facts['parameters']['total']:,}" in out
+
+
+def test_convert_narrows_and_generate_takes_the_result(capsys, model_dir, tmp_path):
+    half = tmp_path / "half"
+    assert run(capsys, "convert", model_dir, half, "--dtype", "bf16") == (0, f"{half}\n", "")
+    facts = json.loads(run(capsys, "inspect", half, "--json")[1])
+    assert facts["dtype"] == "bfloat16"
+    assert run(capsys, "generate", half, "hello", "--max-tokens", 3)[0] == 0
+
+
+def test_bench_ends_in_one_json_line(capsys, model_dir):
+    code, out, _ = run(capsys, "bench", model_dir, "--source-tokens", 8, "--decode-tokens", 4)
+    report = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert report["tokens_equal"] is True
+    assert 0 < report["share_of_memory_limit"]
+    decoder = sum(p.numel() for p in tiny_model().decoder.parameters())
+    one = 32 + 3 * 32 * 48
+    assert report["active_decoder_bytes"] == 4 * (decoder + 2 * one + 384 * 32)
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def truncate_experts(directory: Path) -> None:
+    path = directory / "experts-decoder-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(directory: Path) -> None:
+    path = directory / "experts-encoder-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_layer(directory: Path) -> None:
+    (directory / "experts-encoder-1.safetensors").unlink()
+
+
+def change_the_width(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"d_ff": 48', '"d_ff": 64'))
+
+
+def empty(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+def remove(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def lose_the_vocabulary(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"bytes"', '"cpm2_zh"'))
+
+
+DAMAGES = [
+    (truncate, "model.safetensors"),
+    (truncate_experts, "experts-decoder-1.safetensors"),
+    (flip_a_bit, "experts-encoder-1.safetensors"),
+    (lose_a_layer, "experts-encoder-1.safetensors"),
+    (change_the_width, "the config tells of"),
+    (empty, "is empty"),
+    (remove, "model"),
+    (lose_the_vocabulary, "vocab.txt"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGES, ids=[d.__name__ for d, _ in DAMAGES])
+def test_a_damaged_model_gives_one_line_and_exit_1(capsys, model_dir, damage, named):
+    damage(model_dir)
+    code, out, err = run(capsys, "generate", model_dir, "hello")
+    assert (code, out) == (1, "")
+    assert err.startswith("infmoe: error: ")
+    assert named in err
+    assert err.count("\n") == 1
+
+
+def test_the_tiny_config_is_what_the_tests_think(model_dir):
+    assert json.loads((model_dir / "config.json").read_text())["d_model"] == MOE.d_model
