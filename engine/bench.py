@@ -1,7 +1,8 @@
 """`infmoe bench`: how fast one request decodes, against recomputing without a cache and the memory.
 
-Decoding one token reads every weight that the token meets once, so bytes of active weights times tokens
-per second, over the bandwidth that a plain read of memory reaches, is the share of the limit.
+Decoding one token reads every weight that the token meets once, so bytes of active weights times
+tokens per second, over the bandwidth that a plain read of memory reaches, is the share of the
+limit.
 """
 
 import json
@@ -59,7 +60,10 @@ class DecodeBench:
         return torch.cat(made, 1)
 
     def recomputed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Decode by running the decoder over the whole text for each token. Returns the ids (1, T)."""
+        """Decode by running the decoder over the whole text for each token.
+
+        Returns the ids (1, T).
+        """
         tokens = self.start
         for _ in range(self.num_tokens):
             states = self.model.decode(tokens, torch.ones_like(tokens), hidden, self.ones)
@@ -104,7 +108,10 @@ def run_bench(
 
 
 def decoder_bytes(model: Transformer) -> int:
-    """Bytes of weights that one decoded token meets: decoder, one expert per layer, output layer."""
+    """Bytes of weights that one decoded token meets.
+
+    Decoder, one expert per layer, output layer.
+    """
     config = model.config
     size = model.embedding.weight.dtype.itemsize
     attention = sum(p.numel() for p in model.decoder.parameters())

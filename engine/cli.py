@@ -24,14 +24,19 @@ def generate(  # noqa: PLR0913  the options are the interface
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may repeat.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Offload experts to disk; hold this much of them: 1.5GiB.")
+    ] = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
     from engine.convert import load_any
+    from engine.experts import load_offloaded
     from engine.generation import generate as run
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request
     from engine.request import Piece, SamplingParams
     from engine.tokenizer import open_tokenizer
+    from engine.units import parse_bytes
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -41,7 +46,11 @@ def generate(  # noqa: PLR0913  the options are the interface
         seed=seed,
         stop=tuple(stop or ()),
     )
-    loaded = load_any(model, parse_dtype(dtype))
+    experts = None
+    if expert_memory is None:
+        loaded = load_any(model, parse_dtype(dtype))
+    else:
+        loaded, experts = load_offloaded(model, parse_dtype(dtype), parse_bytes(expert_memory))
     tokenizer = open_tokenizer(model, loaded.config.tokenizer)
     text = sys.stdin.read() if text == "-" else text
     request = build_request(text, tokenizer, loaded.config, params, "cli", fill=fill)
@@ -52,6 +61,9 @@ def generate(  # noqa: PLR0913  the options are the interface
             sys.stdout.flush()
             blank = event.blank
     typer.echo()
+    if experts is not None:
+        typer.echo(experts.summary(), err=True)
+        experts.close()
 
 
 def tokenize(

@@ -71,6 +71,18 @@ def test_a_wrong_dtype_is_wrong_usage(capsys, model_dir):
     assert run(capsys, "generate", model_dir, "hello", "--dtype", "int3")[0] == 2
 
 
+def test_offloading_gives_the_same_text_and_tells_what_it_cost(capsys, model_dir):
+    options = ["--max-tokens", 12, "--temperature", 1.5, "--seed", 3]
+    _, expected, _ = run(capsys, "generate", model_dir, "hello", *options)
+    options += ["--expert-memory", "80KB"]
+    code, out, err = run(capsys, "generate", model_dir, "hello", *options)
+    assert (code, out) == (0, expected)
+    assert err.startswith("experts: 3 slots for 16 (60.0 KiB, 1 pinned); ")
+    code, _, err = run(capsys, "generate", model_dir, "hello", "--expert-memory", "8KB")
+    assert code == 1
+    assert "hold 0 experts of 20,480 bytes; at least 2 are needed" in err
+
+
 def test_tokenize_shows_ids_and_pieces(capsys, model_dir):
     assert run(capsys, "tokenize", model_dir, "hi") == (0, "107\t'h'\n108\t'i'\n", "")
 
@@ -97,7 +109,7 @@ def test_bench_ends_in_one_json_line(capsys, model_dir):
     report = json.loads(out.splitlines()[-1])
     assert code == 0
     assert report["tokens_equal"] is True
-    assert 0 < report["share_of_memory_limit"]
+    assert report["share_of_memory_limit"] > 0
     decoder = sum(p.numel() for p in tiny_model().decoder.parameters())
     one = 32 + 3 * 32 * 48
     assert report["active_decoder_bytes"] == 4 * (decoder + 2 * one + 384 * 32)

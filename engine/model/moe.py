@@ -21,6 +21,8 @@ class ExpertSource(Protocol):
     def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
         """Yield each wanted expert of a layer ('encoder-0') once, in any order.
 
+        A layer asks by falling number of tokens: the longest computations hide the most reading.
+
         The weights are borrowed: they are valid until the next item is asked for.
         """
         ...
@@ -78,7 +80,7 @@ class MoELayer(nn.Module):
         order_N = expert_N.argsort(stable=True)
         counts_E = torch.bincount(expert_N, minlength=self.config.num_experts).tolist()
         rows = dict(enumerate(torch.split(order_N, counts_E)))
-        wanted = [expert for expert in rows if counts_E[expert]]
+        wanted = sorted(filter(counts_E.__getitem__, rows), key=lambda expert: -counts_E[expert])
         rows_seen, parts = [], []
         for expert, weights in experts.stream(self.name, wanted):
             rows_R = rows[expert]

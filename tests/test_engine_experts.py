@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.checkpoint import load_model, save_model
+from engine.errors import CheckpointError, ConfigError
+from engine.experts import open_offloaded
+from engine.generation import generate
+from engine.prompt import build_request
+from engine.request import Piece, SamplingParams
+from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
+
+CONFIG = replace(MOE, num_experts=6, num_encoder_layers=3, num_decoder_layers=2)
+NUM_EXPERTS = 6 * 5
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def saved(tmp_path_factory, request):
+    """A model directory, its resident model, and the bytes of a slot."""
+    path = tmp_path_factory.mktemp("models") / "model"
+    save_model(tiny_model(CONFIG, seed=2), path, dtype=request.param)
+    with open_offloaded(path, CONFIG, request.param, 10**9) as experts:
+        return path, load_model(path), experts.plan.slot_bytes
+
+
+def offloaded(saved, num_slots):
+    path, resident, slot_bytes = saved
+    dtype = resident.embedding.weight.dtype
+    experts = open_offloaded(path, CONFIG, dtype, num_slots * slot_bytes)
+    return load_model(path, experts=experts), experts
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_slots=st.integers(2, NUM_EXPERTS + 3), seed=st.integers(0, 2**31), rows=st.integers(1, 3)
+)
+def test_offloaded_equals_resident_bit_for_bit(saved, num_slots, seed, rows):
+    resident = saved[1]
+    model, experts = offloaded(saved, num_slots)
+    with experts, torch.inference_mode():
+        for step in range(3):
+            source, target = random_ids(rows, 9, seed + step), random_ids(rows, 5, seed - step)
+            ones = torch.ones_like
+            expected = resident(source, ones(source), target, ones(target))
+            got = model(source, ones(source), target, ones(target))
+            assert torch.equal(got, expected)
+        stats = experts.stats
+        assert stats.hits + stats.misses > 0
+        if num_slots >= NUM_EXPERTS:
+            assert stats.misses == 0
+
+
+def test_generation_is_the_same_within_the_smallest_budget(saved):
+    request = build_request(
+        "some text",
+        byte_tokenizer(),
+        CONFIG,
+        SamplingParams(max_tokens=12, temperature=1.0, seed=1),
+        "r",
+    )
+    model, experts = offloaded(saved, 2)
+
+    def text(of):
+        return [e for e in generate(of, byte_tokenizer(), request) if isinstance(e, Piece)]
+
+    with experts:
+        assert text(model) == text(saved[1])
+        assert experts.stats.read_bytes == experts.stats.misses * saved[2]
+
+
+def test_progress_of_preloading_is_told(saved):
+    path, resident, slot_bytes = saved
+    told = []
+    dtype = resident.embedding.weight.dtype
+    with open_offloaded(path, CONFIG, dtype, 10 * slot_bytes, lambda *a: told.append(a)) as experts:
+        assert told == [(i, 8) for i in range(1, 9)]
+        assert len(experts.plan.pinned) == 8
+
+
+def test_a_damaged_expert_fails_the_request_that_needs_it_and_no_other(tmp_path):
+    path = tmp_path / "model"
+    save_model(tiny_model(CONFIG, seed=2), path)
+    file = path / "experts-encoder-1.safetensors"
+    with open_offloaded(path, CONFIG, torch.float32, 10**9) as whole:
+        slot_bytes = whole.plan.slot_bytes
+    data = bytearray(file.read_bytes())
+    data[-slot_bytes + 1000] ^= 4  # in the last expert, 5
+    file.write_bytes(data)
+    with open_offloaded(path, CONFIG, torch.float32, 2 * slot_bytes) as experts:
+        for _ in range(2):  # again and again: a damaged blob is never taken for good
+            with pytest.raises(CheckpointError, match=r"encoder-1.*expert 5.*damaged"):
+                list(experts.stream("encoder-1", [0, 5, 2]))
+        assert [e for e, _ in experts.stream("encoder-1", [0, 4, 2])]
+    with pytest.raises(CheckpointError, match="expert 5: damaged"):
+        open_offloaded(path, CONFIG, torch.float32, 10**9)
+
+
+def test_a_file_cut_off_while_it_is_served_is_named(tmp_path):
+    path = tmp_path / "model"
+    save_model(tiny_model(CONFIG, seed=2), path)
+    with open_offloaded(path, CONFIG, torch.float32, 50_000) as experts:
+        file = path / "experts-encoder-0.safetensors"
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size - 100)
+        with pytest.raises(CheckpointError, match=r"experts-encoder-0.*expert 5.*file ends"):
+            list(experts.stream("encoder-0", [5]))
+
+
+def test_impossible_wishes_are_refused(saved, tmp_path):
+    path, resident, slot_bytes = saved
+    dtype = resident.embedding.weight.dtype
+    other = torch.float16
+    with pytest.raises(ConfigError, match="at least 2 are needed: give"):
+        open_offloaded(path, CONFIG, dtype, slot_bytes)
+    with pytest.raises(ConfigError, match="infmoe convert --dtype"):
+        open_offloaded(path, CONFIG, other, 10**9)
+    save_model(tiny_model(DENSE), tmp_path / "dense")
+    with pytest.raises(ConfigError, match="is a dense model"):
+        open_offloaded(tmp_path / "dense", DENSE, torch.float32, 10**9)
