@@ -139,6 +139,43 @@ def inspect_model(
             typer.echo(f"{key:<16}{value:,}" if isinstance(value, int) else f"{key:<16}{value}")
 
 
+def make_random(
+    dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    d_model: Annotated[int, typer.Option(help="Model width; a multiple of 64.")] = 1024,
+    d_ff: Annotated[int, typer.Option(help="Feed-forward width.")] = 2560,
+    layers: Annotated[int, typer.Option(help="Layers of each stack.")] = 6,
+    experts: Annotated[int, typer.Option(help="Experts per layer; 0 is dense.")] = 24,
+    dtype: Annotated[DtypeName, typer.Option(help="Number format.")] = "bf16",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+) -> None:
+    """Write a CPM-2-MoE-shaped model of random weights, for trying out memory and speed."""
+    from engine.config import ModelConfig
+    from engine.model.dtypes import DTYPES
+    from engine.random_model import write_random_model
+    from engine.tokenizer import ByteTokenizer
+
+    config = ModelConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        d_model=d_model,
+        d_ff=d_ff,
+        d_kv=64,
+        num_heads=max(d_model // 64, 1),
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        num_experts=experts,
+        tokenizer="bytes",
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        eos_token_ids=(1,),
+    )
+
+    def report(done: int, total: int) -> None:
+        typer.echo(f"layer {done} of {total}", err=True)
+
+    write_random_model(dst, config, DTYPES[dtype], seed, report)
+    typer.echo(str(dst))
+
+
 def bench(
     model: ModelArgument,
     source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 128,

@@ -1,5 +1,6 @@
 """Offloaded experts: the one place that knows both a model and a slot."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,8 @@ from offload.pipeline import ExpertPipeline, PipelineStats
 from offload.planner import BudgetTooSmall, ExpertPlan, plan_experts
 from offload.slots import Key
 from offload.store import BlobLayout, ExpertStore
+
+logger = logging.getLogger(__name__)
 
 OnPreload = Callable[[int, int], None]
 
@@ -100,6 +103,10 @@ def open_offloaded(
     if not layers:
         raise ConfigError(f"{directory}: is a dense model; it has no experts to offload")
     stores = open_expert_stores(directory, config)
+    for store in stores.values():
+        store.bypass_cache()
+    if not all(store.is_direct for store in stores.values()):
+        logger.warning("%s: the file system cannot read directly; reads are buffered", directory)
     layout = stores[layers[0]].layout
     stored = DTYPES[layout.tensors[0].dtype]
     try:

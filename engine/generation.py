@@ -22,8 +22,9 @@ class Generation:
     Feed it every token; it tells what is banned, what is text, and when it is over.
 
     While filling, only the sentinel of the next blank is allowed, and only after a token of the
-    present one; the sentinel after the last blank ends the request. While continuing, any sentinel
-    and any end id end it.
+    present one; the sentinel after the last blank, or an end id in the last blank, ends the
+    request. While continuing, any sentinel and any end id end it. A stop string ends it in any
+    blank; the blanks after it stay empty.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -36,9 +37,11 @@ class Generation:
         self.blank_tokens = 0
         self.finish: tuple[FinishReason, str | int | None] | None = None
         self._sentinels = [tokenizer.sentinel_id(i) for i in range(tokenizer.num_sentinels)]
-        self._never = [config.pad_token_id, config.decoder_start_token_id]
-        self._never += range(tokenizer.vocab_size, config.vocab_size)
         self._ends = set(config.eos_token_ids)
+        unnamed = range(tokenizer.vocab_size, config.vocab_size)
+        self._never = list(
+            {config.pad_token_id, config.decoder_start_token_id, *unnamed} - self._ends
+        )
         self._open_blank()
 
     def _open_blank(self) -> None:
@@ -49,14 +52,14 @@ class Generation:
     def ban(self, logits_V: Tensor) -> Tensor:
         """Scores (V,) with -inf at the tokens that must not come next."""
         logits_V = logits_V.clone()
-        logits_V[[i for i in self._never if i not in self._ends]] = -torch.inf
+        logits_V[self._never] = -torch.inf
         if self.request.num_blanks:
             closing = self._sentinels[self.blank + 1]
             keep = logits_V[closing].clone()
             logits_V[self._sentinels] = -torch.inf
             if self.blank_tokens:
                 logits_V[closing] = keep
-            else:
+            if not self.blank_tokens or self.blank + 1 < self.request.num_blanks:
                 logits_V[list(self._ends)] = -torch.inf
         return logits_V
 
@@ -66,19 +69,25 @@ class Generation:
         if token_id in self._ends:
             return self._end("stop", token_id)
         if (index := self._mark(token_id)) is not None:
-            if index == self.request.num_blanks or not self.request.num_blanks:
-                return self._end("stop", token_id if not self.request.num_blanks else None)
-            pieces = self._flush()
+            pieces = self._close_blank(index, token_id)
+        else:
+            self.blank_tokens += 1
+            text = self._matcher.push(self._detokenizer.push(token_id))
+            pieces = [Piece(text, (token_id,), self.blank)]
+            self._note_match()
+        if self.finish is None and self.num_tokens >= self.request.params.max_tokens:
+            pieces += self._end("length", None)
+        return pieces
+
+    def _close_blank(self, index: int, token_id: int) -> list[Piece]:
+        if not self.request.num_blanks:
+            return self._end("stop", token_id)
+        if index == self.request.num_blanks:
+            return self._end("stop", None)
+        pieces = self._flush()
+        if self.finish is None:
             self.blank += 1
             self._open_blank()
-            return pieces
-        self.blank_tokens += 1
-        text = self._matcher.push(self._detokenizer.push(token_id))
-        pieces = [Piece(text, (token_id,), self.blank)]
-        if self._matcher.matched is not None:
-            self.finish = ("stop", self._matcher.matched)
-        elif self.num_tokens >= self.request.params.max_tokens:
-            pieces += self._end("length", None)
         return pieces
 
     def _mark(self, token_id: int) -> int | None:
@@ -91,14 +100,16 @@ class Generation:
         text = self._matcher.push(self._detokenizer.flush())
         if self._matcher.matched is None:
             text += self._matcher.flush()
+        self._note_match()  # half a character is U+FFFD at the end, and may complete a stop string
         return [Piece(text, (), self.blank)] if text else []
+
+    def _note_match(self) -> None:
+        if self._matcher.matched is not None:
+            self.finish = ("stop", self._matcher.matched)
 
     def _end(self, reason: FinishReason, detail: str | int | None) -> list[Piece]:
         self.finish = (reason, detail)
-        pieces = self._flush()
-        if self._matcher.matched is not None:
-            self.finish = ("stop", self._matcher.matched)
-        return pieces
+        return self._flush()
 
 
 @torch.inference_mode()

@@ -45,7 +45,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation: encoder ids, what the decoder starts with, and how to go on.
+    """One generation: what the encoder reads, and how to go on.
 
     `num_blanks` 0 continues the text; above 0 the encoder text holds that many sentinels and the
     answers are read between them.

@@ -8,6 +8,7 @@ metadata tells what lies where inside a blob, and a checksum per blob. Reading i
 of byte ranges.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -189,7 +190,11 @@ def create_store(path: Path, layer: str, layout: BlobLayout, num_experts: int) -
 
 
 class ExpertStore:
-    """An open store. Several threads may read at once; close it when no read is under way."""
+    """An open store. Several threads may read at once; close it when no read is under way.
+
+    With `bypass_cache` reads go past the page cache: directly into page-aligned buffers where the
+    file system can do that (`is_direct`), else the pages are given back after each read.
+    """
 
     def __init__(
         self,
@@ -201,6 +206,8 @@ class ExpertStore:
         start: int,
     ):
         self._file = file
+        self._direct = -1
+        self._bypass_cache = False
         self._checksums = checksums
         self._data_start = start
         self._is_verified = bytearray(len(checksums))
@@ -228,9 +235,7 @@ class ExpertStore:
         if out.dtype != np.uint8 or not is_row:
             raise ValueError(f"out is no uint8 buffer of {self.layout.blob_bytes} contiguous bytes")
         try:
-            done = 0
-            while done < len(out) and (n := os.preadv(self._file, [out[done:].data], start + done)):
-                done += n
+            done = self._read_at(start, out)
         except OSError as error:
             raise StoreError(f"{self._at(expert)}: cannot be read: {error.strerror}") from error
         if done < len(out):
@@ -239,6 +244,28 @@ class ExpertStore:
             self.verify(expert, out)
             self._is_verified[expert] = True
         return out
+
+    def bypass_cache(self) -> None:
+        """Read past the page cache from now on."""
+        self._bypass_cache = True
+        with contextlib.suppress(OSError):  # not every file system reads directly
+            self._direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether aligned reads go directly from the disk to the buffer."""
+        return self._direct >= 0
+
+    def _read_at(self, start: int, out: Bytes) -> int:
+        """Read until `out` is full or the file ends. Returns the bytes read."""
+        direct = self.is_direct and out.ctypes.data % PAGE_BYTES == 0
+        file = self._direct if direct else self._file
+        done = 0
+        while done < len(out) and (n := os.preadv(file, [out[done:].data], start + done)):
+            done += n
+        if self._bypass_cache and not direct:
+            os.posix_fadvise(self._file, start, done, os.POSIX_FADV_DONTNEED)
+        return done
 
     def verify(self, expert: int, blob: Bytes) -> None:
         """Compare a blob with its checksum. Raises StoreError if they differ."""
@@ -255,7 +282,9 @@ class ExpertStore:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
-        self._file = -1
+        if self.is_direct:
+            os.close(self._direct)
+        self._file = self._direct = -1
 
     def __enter__(self) -> Self:
         return self

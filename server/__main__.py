@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
     "convert": Command("engine.cli", "convert", "Write a checkpoint as a native model directory."),
     "inspect": Command("engine.cli", "inspect_model", "Tell what a model directory holds."),
+    "make-random": Command("engine.cli", "make_random", "Write a model of random weights."),
     "bench": Command("engine.cli", "bench", "Measure decoding against its limits."),
     "train": Command("training.cli", "train", "Train a model as a recipe says."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),

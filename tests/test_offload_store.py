@@ -1,5 +1,6 @@
 import contextlib
 import json
+import mmap
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -317,3 +318,20 @@ def test_reading_a_closed_store_is_an_error(path):
     store.close()
     with pytest.raises(StoreError, match="cannot be read: Bad file descriptor"):
         store.read_blob(0)
+
+
+def test_reading_past_the_page_cache_gives_the_same_bytes(tmp_path):
+    layout = make_layout({"w": ("U8", (9000,))})
+    blobs = [np.full(9000, i + 1, np.uint8) for i in range(3)]
+    with create_store(tmp_path / "s", "encoder-0", layout, 3) as writer:
+        for i, blob in enumerate(blobs):
+            writer.write(i, {"w": blob})
+        writer.finish()
+    aligned = np.frombuffer(mmap.mmap(-1, layout.blob_bytes), np.uint8)
+    unaligned = np.empty(layout.blob_bytes + 1, np.uint8)[1:]
+    with open_store(tmp_path / "s") as store:
+        assert not store.is_direct
+        store.bypass_cache()
+        for out in (aligned, unaligned, aligned):
+            for i in range(3):
+                assert (store.read_blob(i, out)[:9000] == i + 1).all()
