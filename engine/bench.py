@@ -110,14 +110,17 @@ def run_bench(
 def decoder_bytes(model: Transformer) -> int:
     """Bytes of weights that one decoded token meets.
 
-    Decoder, one expert per layer, output layer.
+    Decoder, one expert per layer, output layer; not what projects the encoder output, which is
+    read once for a text.
     """
     config = model.config
     size = model.embedding.weight.dtype.itemsize
-    attention = sum(p.numel() for p in model.decoder.parameters())
+    decoder = sum(p.numel() for p in model.decoder.parameters())
+    blocks = model.decoder.blocks()
+    decoder -= sum(block.cross_attention.key_value.weight.numel() for block in blocks)
     one = count_parameters(config)["one_expert"]
     head = config.vocab_size * config.d_model
-    return size * (attention + one * config.num_decoder_layers + head)
+    return size * (decoder + one * config.num_decoder_layers + head)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from engine.checkpoint_writer import (
     expert_file,
     open_writer,
     partial_path,
+    replaced_path,
 )
 from engine.config import ModelConfig, read_config
 from engine.errors import CheckpointError, ConfigError
@@ -183,12 +184,12 @@ def open_expert_stores(directory: Path, config: ModelConfig) -> dict[str, Expert
 def check_directory(directory: Path) -> None:
     """Raise CheckpointError unless the directory exists, can be listed, and holds something."""
     if not directory.exists():
-        partial = partial_path(directory)
-        hint = (
-            f"; {partial.name} is an unfinished conversion: run it again"
-            if partial.exists()
-            else ""
-        )
+        partial, replaced = partial_path(directory), replaced_path(directory)
+        hint = ""
+        if partial.exists():
+            hint += f"; {partial.name} is an unfinished conversion: run it again"
+        if replaced.exists():
+            hint += f"; {replaced.name} is the older model, which it was about to replace"
         raise CheckpointError(f"{directory}: does not exist{hint}")
     with translated(directory, "listed"):
         is_empty = not any(directory.iterdir())

@@ -9,7 +9,6 @@ Files are mapped and read one tensor at a time: the 386 GB of CPM-2-MoE need mem
 (Files of torch before 1.6 cannot be mapped: there the files of one expert are read whole.)
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -31,10 +30,12 @@ from engine.checkpoint_cpm2_layout import (
     infer_sizes,
     merge,
 )
-from engine.checkpoint_tensors import translated
+from engine.checkpoint_hf_config import read_epsilon
+from engine.checkpoint_tensors import read_json, translated
 from engine.config import ModelConfig, TokenizerKind
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, TokenizerError
 from engine.pickles import load_state
+from engine.tokenizer_cpm2 import read_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +137,12 @@ class Cpm2Source:
         for path, state in zip(row, states, strict=True):
             if key not in state:
                 raise CheckpointError(f"{path}: has no {key}")
-            expected = states[0][key].shape
-            if state[key].shape != expected or (expected[:1] and expected[0] % cut.parts):
+            found, expected = state[key].shape, states[0][key].shape
+            if cut.dim is not None and len(found) != 2:
+                raise CheckpointError(f"{path}: {key} has shape {list(found)}, expected a matrix")
+            if found != expected or (cut.parts > 1 and found[0] % cut.parts):
                 raise CheckpointError(
-                    f"{path}: {key} has shape {list(state[key].shape)}, expected {list(expected)} "
+                    f"{path}: {key} has shape {list(found)}, expected {list(expected)} "
                     f"as in {row[0].name}, rows dividing by {cut.parts}"
                 )
         return merge([state[key] for state in states], cut)
@@ -251,9 +254,10 @@ def _read_vocabulary(path: Path | None, vocab_size: int) -> Vocabulary:
                 "or name it"
             )
         return KNOWN_VOCABULARIES[vocab_size]
-    with translated(path, "read"):
-        text = path.read_bytes().decode("utf-8", "replace")
-    tokens = text.removesuffix("\n").split("\n")
+    try:
+        tokens = read_vocabulary(path)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
     if len(tokens) != vocab_size:
         outdated = len(tokens) == OUTDATED_VOCABULARY
         hint = "; it is an outdated file that fits no released model" if outdated else ""
@@ -262,7 +266,7 @@ def _read_vocabulary(path: Path | None, vocab_size: int) -> Vocabulary:
     if missing := [token for token in ("<pad>", "<s>", "<eod>") if token not in ids]:
         raise CheckpointError(f"{path}: has no token {missing[0]}; this is no CPM-2 vocabulary")
     kind: TokenizerKind = "cpm2_zh"
-    if any(token.startswith("##") for token in tokens):
+    if any(token.startswith("##") and token != "##" for token in tokens):
         kind = "cpm2_zh_en"
     return Vocabulary(kind, ids["<pad>"], ids["<s>"], ids["<eod>"])
 
@@ -274,13 +278,11 @@ def _check_config_file(path: Path, config: ModelConfig) -> ModelConfig:
     """
     if not path.exists():
         return config
-    with translated(path, "read"):
-        text = path.read_bytes()
+    values = read_json(path)
     try:
-        values = json.loads(text)
-        epsilon = float(values.get("layer_norm_epsilon", config.norm_eps))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no JSON of the released form: {error}") from error
+        config = replace(config, norm_eps=read_epsilon(values))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     found = {
         "d_model": config.d_model,
         "d_ff": config.d_ff,
@@ -301,4 +303,4 @@ def _check_config_file(path: Path, config: ModelConfig) -> ModelConfig:
             decoder_layers,
             config.num_decoder_layers,
         )
-    return replace(config, norm_eps=epsilon)
+    return config

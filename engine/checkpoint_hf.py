@@ -3,7 +3,6 @@
 Source: T5 (arXiv:1910.10683), mT5 (arXiv:2010.11934); the names are those of transformers 5.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,10 @@ from engine.checkpoint_tensors import (
     DTYPE_NAMES,
     INDEX,
     SINGLE,
+    check_tensor,
     open_tensor_files,
     read_index,
-    translated,
+    read_json,
 )
 from engine.config import ModelConfig, Stack
 from engine.errors import CheckpointError, ConfigError
@@ -97,7 +97,13 @@ class HuggingFaceSource:
         embedding = _embedding_key(self._tensors.names())
         for name, keys in tensor_names(self.config).items():
             parts = [self._tensors.tensor(embedding if key == SHARED else key) for key in keys]
-            yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield name, parts[0] if len(parts) == 1 else self._fuse(keys, parts)
+
+    def _fuse(self, keys: tuple[str, ...], parts: list[Tensor]) -> Tensor:
+        shape = (self.config.num_heads * self.config.d_kv, self.config.d_model)
+        for key, part in zip(keys, parts, strict=True):
+            check_tensor(str(self.directory), key, part, shape)
+        return torch.cat(parts)
 
     def experts(self, layer: str) -> Iterator[dict[str, Tensor]]:
         """No family that is supported has experts."""
@@ -109,7 +115,7 @@ def is_huggingface(directory: Path) -> bool:
     if not (directory / CONFIG).is_file():
         return False
     try:
-        return "model_type" in _read_json(directory / CONFIG)
+        return "model_type" in read_json(directory / CONFIG)
     except CheckpointError:
         return False
 
@@ -121,10 +127,10 @@ def open_huggingface(directory: Path, *, allow_pickles: bool = False) -> Hugging
     of the embedding differ, or the weights are pickles and those are not allowed.
     """
     check_directory(directory)
-    values = _read_json(directory / CONFIG)
+    values = read_json(directory / CONFIG)
     generation = {}
     if (directory / GENERATION_CONFIG).exists():
-        generation = _read_json(directory / GENERATION_CONFIG)
+        generation = read_json(directory / GENERATION_CONFIG)
     values = {**generation, **{key: value for key, value in values.items() if value is not None}}
     try:
         config = map_config(values)
@@ -226,15 +232,3 @@ def _open_tensors(directory: Path, *, allow_pickles: bool) -> Tensors:
             f"{directory}: {other[0]} is {state[other[0]].dtype}, expected floats"
         )
     return PickledTensors(tuple(files), state)
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    with translated(path, "read"):
-        text = path.read_bytes()
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: is no JSON object")
-    return values

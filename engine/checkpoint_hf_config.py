@@ -30,10 +30,10 @@ def map_config(values: Mapping[str, object]) -> ModelConfig:
         raise ConfigError("ByT5 is not supported: its tokenizer reads bytes, not spiece.model")
     default = "relu" if family == "t5" else "gated-gelu"
     projection = values.get("feed_forward_proj", default)
-    if projection not in PROJECTIONS:
+    if not isinstance(projection, str) or projection not in PROJECTIONS:
         known = ", ".join(PROJECTIONS)
         raise ConfigError(f"feed_forward_proj {projection!r} is not supported; supported: {known}")
-    activation, gated = PROJECTIONS[str(projection)]
+    activation, gated = PROJECTIONS[projection]
     num_layers = _integer(values, "num_layers")
     eos = values.get("eos_token_id", 1)
     pad = _integer(values, "pad_token_id", 0)
@@ -50,7 +50,7 @@ def map_config(values: Mapping[str, object]) -> ModelConfig:
         scale_logits=_scales_logits(values),
         relative_buckets=_integer(values, "relative_attention_num_buckets", 32),
         relative_max_distance=_integer(values, "relative_attention_max_distance", 128),
-        norm_eps=_epsilon(values),
+        norm_eps=read_epsilon(values),
         max_positions=_integer(values, "n_positions", 512),
         tokenizer="sentencepiece",
         pad_token_id=pad,
@@ -85,8 +85,9 @@ def _integer(values: Mapping[str, object], key: str, default: int | None = None)
     return value
 
 
-def _epsilon(values: Mapping[str, object]) -> float:
+def read_epsilon(values: Mapping[str, object]) -> float:
+    """What is added to the mean square in a norm. Raises ConfigError if it is no number."""
     value = values.get("layer_norm_epsilon", 1e-6)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"layer_norm_epsilon is {value!r}; expected a number")
-    return float(value)
+    return value

@@ -8,6 +8,7 @@ Source: the README and the weight generator of InfMoE.
 """
 
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,11 +36,14 @@ MEMBERS = {
 MEMBER = re.compile(r"(0|[1-9]\d*)/(\w+)")
 # what numpy raises for a damaged archive, or one that holds pickled objects
 NUMPY_ERRORS = (
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
+    ArithmeticError,
     EOFError,
     LookupError,
-    NotImplementedError,
+    MemoryError,
+    RuntimeError,
     TypeError,
     ValueError,
 )

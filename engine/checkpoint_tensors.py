@@ -166,6 +166,19 @@ def open_tensor_files(directory: Path) -> TensorFiles:
     return TensorFiles(dict.fromkeys(handle.keys(), path), {path: handle})
 
 
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object. Raises CheckpointError if the file is missing or holds anything else."""
+    with translated(path, "read"):
+        text = path.read_bytes()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is no JSON object")
+    return values
+
+
 def read_index(path: Path) -> dict[str, Path]:
     """Read name -> shard; a shard anywhere but beside the index is refused."""
     with translated(path, "read"):
@@ -173,7 +186,7 @@ def read_index(path: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(text)["weight_map"]
         return {str(name): path.with_name(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: no index of shards with a weight_map: {error}") from error
 
 

@@ -24,7 +24,7 @@ from engine.checkpoint_tensors import (
     raw_bytes,
     translated,
 )
-from engine.config import ModelConfig, read_config
+from engine.config import ModelConfig, TokenizerKind, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
 from offload.errors import StoreError
@@ -42,6 +42,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
+VOCABULARY_FILES: dict[TokenizerKind, str] = {  # which of them the tokenizer itself reads
+    "cpm2_zh": "vocab.txt",
+    "cpm2_zh_en": "vocab.txt",
+    "sentencepiece": "spiece.model",
+}
 OWN_FILES = re.compile(
     r"config\.json|conversion\.json|model(-\d{5}-of-\d{5})?\.safetensors|"
     r"experts-(encoder|decoder)-\d+\.safetensors(\.partial)?"
@@ -131,9 +136,10 @@ class NativeWriter:
                 raise CheckpointError(f"{self._directory}: the experts of {layer} are missing")
         with translated(self._directory, "written"):
             (self._partial / CONFIG).write_text(self._config.to_json(), encoding="utf-8")
-            (self._partial / MANIFEST).unlink()
-            _sync(*self._partial.iterdir(), self._partial)
+            sync(*self._partial.iterdir(), self._partial)
             _put_in_place(self._partial, self._directory)
+            # only now: a run that is killed while hundreds of gigabytes reach the disk can go on
+            (self._directory / MANIFEST).unlink()
 
 
 def open_writer(
@@ -159,12 +165,13 @@ def open_writer(
     directory = directory.resolve()
     check_replaceable(directory)
     partial = partial_path(directory)
-    manifest = json.dumps({"source": source, "dtype": str(dtype), "config": config.to_json()})
+    facts = {"source": source, "dtype": str(dtype), "config": config.to_json()}
+    manifest = json.dumps(facts).encode()
     with translated(partial, "written"):
         if not _can_resume(partial, None if source is None else manifest):
             _remove_own(partial)
             partial.mkdir(parents=True)
-            (partial / MANIFEST).write_text(manifest, encoding="utf-8")
+            (partial / MANIFEST).write_bytes(manifest)
         for stale in partial.glob(
             "model*"
         ):  # dense tensors are written anew, maybe in other shards
@@ -188,6 +195,10 @@ def check_expert(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str,
 
 def check_replaceable(directory: Path) -> None:
     """Raise CheckpointError unless the directory is absent, empty, or a native model alone."""
+    if directory.is_mount():
+        raise CheckpointError(
+            f"{directory}: is a mount point, which no rename can replace; name a folder in it"
+        )
     with translated(directory, "listed"):
         names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
     if not names:
@@ -210,13 +221,28 @@ def partial_path(directory: Path) -> Path:
     return directory.with_name(directory.name + ".partial")
 
 
+def replaced_path(directory: Path) -> Path:
+    """Where an older model is while a new one takes its place."""
+    return directory.with_name(directory.name + ".replaced")
+
+
+def sync(*paths: Path) -> None:
+    """Push files to the disk; for a directory, the names in it."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _is_own(name: str) -> bool:
     return name in TOKENIZER_FILES or name == INDEX or OWN_FILES.fullmatch(name) is not None
 
 
-def _can_resume(partial: Path, manifest: str | None) -> bool:
+def _can_resume(partial: Path, manifest: bytes | None) -> bool:
     path = partial / MANIFEST
-    return manifest is not None and path.exists() and path.read_text("utf-8") == manifest
+    return manifest is not None and path.exists() and path.read_bytes() == manifest
 
 
 def _remove_own(directory: Path) -> None:
@@ -241,22 +267,13 @@ def _drop_foreign_stores(partial: Path, config: ModelConfig, dtype: torch.dtype)
             path.unlink()
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _put_in_place(partial: Path, directory: Path) -> None:
     """Rename, keeping an older model aside until the new one is in its place."""
     check_replaceable(directory)
-    old = directory.with_name(directory.name + ".old")
-    _remove_own(old)
+    old = replaced_path(directory)
     if directory.exists():
+        _remove_own(old)
         directory.rename(old)
     partial.rename(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     _remove_own(old)

@@ -33,7 +33,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     from engine.experts import load_offloaded
     from engine.generation import generate as run
     from engine.model.dtypes import parse_dtype
-    from engine.prompt import build_request
+    from engine.prompt import build_request, check_tokenizer
     from engine.request import Piece, SamplingParams
     from engine.tokenizer import open_tokenizer
     from engine.units import parse_bytes
@@ -52,6 +52,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     else:
         loaded, experts = load_offloaded(model, parse_dtype(dtype), parse_bytes(expert_memory))
     tokenizer = open_tokenizer(model, loaded.config.tokenizer)
+    check_tokenizer(tokenizer, loaded.config)
     text = sys.stdin.read() if text == "-" else text
     request = build_request(text, tokenizer, loaded.config, params, "cli", fill=fill)
     blank = 0

@@ -67,11 +67,16 @@ class ModelConfig:
             raise ConfigError(
                 f"num_experts is {self.num_experts!r}; it must be 0 (dense) or at least 2"
             )
+        if not 0 < self.norm_eps < 1:  # NaN fails as well
+            raise ConfigError(f"norm_eps is {self.norm_eps!r}; it must lie between 0 and 1")
         if self.relative_buckets % 4 or self.relative_max_distance <= self.relative_buckets // 2:
             raise ConfigError(
                 f"relative_buckets {self.relative_buckets} must divide by 4 and its half lie below "
                 f"relative_max_distance {self.relative_max_distance}"
             )
+        self._check_ids()
+
+    def _check_ids(self) -> None:
         ids = (self.pad_token_id, self.decoder_start_token_id, *self.eos_token_ids)
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
@@ -161,7 +166,7 @@ def read_config(path: Path) -> ModelConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict) or values.get("format") != "infmoe":
         raise ConfigError(f'{path}: not a native config: no "format": "infmoe"')

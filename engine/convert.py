@@ -14,7 +14,15 @@ from torch import Tensor
 from engine.checkpoint import build_model, check_directory, load_model, open_native
 from engine.checkpoint_cpm2 import Cpm2Source, find_iteration, open_cpm2
 from engine.checkpoint_hf import is_huggingface, open_huggingface
-from engine.checkpoint_writer import CONFIG, NativeWriter, dense_shapes, open_writer
+from engine.checkpoint_writer import (
+    CONFIG,
+    VOCABULARY_FILES,
+    NativeWriter,
+    dense_shapes,
+    open_writer,
+    partial_path,
+    replaced_path,
+)
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
@@ -131,12 +139,18 @@ def convert(
     """
     source = open_source(src, vocab)
     dtype = dtype or source.dtype
-    if dst.resolve() == src.resolve():
-        raise CheckpointError(f"{dst}: is the source itself; choose another directory")
-    if not source.tokenizer_files:
+    target = dst.resolve()
+    if src.resolve() in (target, partial_path(target), replaced_path(target)):
+        raise CheckpointError(
+            f"{dst}: is the source itself, or would overwrite it; choose another directory"
+        )
+    needed = VOCABULARY_FILES.get(source.config.tokenizer)
+    if needed is not None and needed not in source.tokenizer_files:
         if source.kind == "cpm2":
-            raise CheckpointError(f"{src}: vocab.txt is missing; put it there, or name it")
-        logger.warning("%s: has no tokenizer files; the result takes token ids only", src)
+            raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
+        logger.warning(
+            "%s: has no tokenizer files: without %s the result takes ids only", src, needed
+        )
     if isinstance(source, Cpm2Source) and source.prompt() is not None:
         logger.warning("%s: the soft prompt stored with the model is left out", src)
     files, identity = source.tokenizer_files, _identity(src, source)
@@ -215,6 +229,9 @@ def _expert_parameters(config: ModelConfig) -> int:
 
 def _identity(src: Path, source: Source) -> str:
     """What must be unchanged for a killed conversion to go on: place, size and age of each file."""
-    files = [(str(file), file.stat()) for file in (*source.files, *source.tokenizer_files.values())]
+    files = [
+        (str(file.resolve()), file.stat())
+        for file in (*source.files, *source.tokenizer_files.values())
+    ]
     facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     return json.dumps([str(src.resolve()), asdict(source.config), facts])

@@ -39,9 +39,8 @@ class Generation:
         self._sentinels = [tokenizer.sentinel_id(i) for i in range(tokenizer.num_sentinels)]
         self._ends = set(config.eos_token_ids)
         unnamed = range(tokenizer.vocab_size, config.vocab_size)
-        self._never = list(
-            {config.pad_token_id, config.decoder_start_token_id, *unnamed} - self._ends
-        )
+        marks = {config.pad_token_id, config.decoder_start_token_id, *tokenizer.control_ids}
+        self._never = list((marks | set(unnamed)) - self._ends)
         self._open_blank()
 
     def _open_blank(self) -> None:

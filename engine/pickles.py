@@ -88,8 +88,12 @@ def load_state(path: Path, places: tuple[str, ...] = ()) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path}: holds no named tensors")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_sparse:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is no tensor but a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            raise CheckpointError(
+                f"{path}: {name} is a sparse, nested or empty tensor, not a dense one"
+            )
     return dict(content)
 
 

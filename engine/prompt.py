@@ -6,7 +6,7 @@ Source: CPM-2's sequence protocol; CPM-2.1's continuation; T5's sentinels.
 from collections.abc import Sequence
 
 from engine.config import ModelConfig
-from engine.errors import PromptTooLong, RequestError
+from engine.errors import PromptTooLong, RequestError, TokenizerError
 from engine.request import Request, SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -14,6 +14,19 @@ BLANK = "<span>"
 MAX_BLANKS = 16
 LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
 MAX_TOKEN_CHARS = 24  # no vocabulary has a longer piece; bounds the work on a text that cannot fit
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise TokenizerError if a model cannot work with a tokenizer."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer names {tokenizer.vocab_size} tokens, the model has {config.vocab_size}"
+        )
+    if config.continuation_sentinel is not None:
+        try:
+            tokenizer.sentinel_id(config.continuation_sentinel)
+        except ValueError as error:
+            raise TokenizerError(f"continuation_sentinel: {error}") from error
 
 
 def build_request(
@@ -29,11 +42,14 @@ def build_request(
 
     With `fill`, each `<span>` in it is a blank to fill; otherwise it is continued.
 
-    Raises RequestError if the prompt is empty, an id is unknown or there is no blank to fill, and
-    PromptTooLong above LENGTH_FACTOR times the length that the model was trained on.
+    Raises RequestError if the prompt is empty, an id is unknown, there is no blank to fill or
+    blanks given as ids are out of order, or if max_tokens is above LENGTH_FACTOR times the length
+    that the model was trained on; PromptTooLong if the prompt is.
     """
     num_blanks = 0
     limit = config.max_positions * LENGTH_FACTOR
+    if params.max_tokens > limit:  # the cache is allocated for all of them
+        raise RequestError(f"max_tokens is {params.max_tokens}; the limit is {limit}", "max_tokens")
     if isinstance(prompt, str):
         if len(prompt) > limit * MAX_TOKEN_CHARS:
             raise PromptTooLong(
@@ -48,15 +64,18 @@ def build_request(
             raise RequestError(
                 f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "prompt"
             )
-        num_blanks = sum(tokenizer.sentinel_index(i) is not None for i in ids) if fill else 0
+        num_blanks = _count_blanks(ids, tokenizer) if fill else 0
     if not ids:
         raise RequestError("the prompt is empty; give at least one token", "prompt")
-    if fill and not 1 <= num_blanks <= min(MAX_BLANKS, tokenizer.num_sentinels - 1):
+    most_blanks = min(MAX_BLANKS, tokenizer.num_sentinels - 1)  # one more closes the last blank
+    if fill and not 1 <= num_blanks <= most_blanks:
         raise RequestError(
-            f"the prompt holds {num_blanks} blanks; to fill, mark 1 to {MAX_BLANKS} with {BLANK}",
+            f"the prompt holds {num_blanks} blanks; to fill, mark 1 to {most_blanks} with {BLANK}",
             "prompt",
         )
-    ids += _ending(tokenizer, config, fill=fill)
+    ending = _ending(tokenizer, config, fill=fill)
+    if isinstance(prompt, str) or ids[-len(ending) :] != ending:  # given ids may be closed already
+        ids += ending
     if len(ids) > limit:
         raise PromptTooLong(f"the prompt has {len(ids)} tokens; the limit is {limit}", "prompt")
     return Request(
@@ -69,6 +88,17 @@ def _encode_parts(parts: list[str], tokenizer: Tokenizer) -> list[int]:
     for index, part in enumerate(parts[1:]):
         ids += [tokenizer.sentinel_id(index), *tokenizer.encode(part)]
     return ids
+
+
+def _count_blanks(ids: list[int], tokenizer: Tokenizer) -> int:
+    """Number of sentinels; answers are read from sentinel 0 on, so the blanks must be in order."""
+    found = [index for i in ids if (index := tokenizer.sentinel_index(i)) is not None]
+    if found != list(range(len(found))):
+        raise RequestError(
+            "the sentinels among the token ids must be 0, 1, 2, ... in this order, each once",
+            "prompt",
+        )
+    return len(found)
 
 
 def _ending(tokenizer: Tokenizer, config: ModelConfig, *, fill: bool) -> list[int]:

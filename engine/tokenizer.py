@@ -20,6 +20,11 @@ class Tokenizer(Protocol):
         """Number of sentinels (`<s_0>`, `<extra_id_0>`, ...)."""
         ...
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: the unknown, padding, marks; sentinels not counted."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start or end marks.
 
@@ -88,6 +93,7 @@ class ByteTokenizer:
     first_sentinel = first_byte + 256
     num_sentinels = 125
     vocab_size = first_sentinel + num_sentinels
+    control_ids = frozenset(range(first_byte))
 
     def encode(self, text: str) -> list[int]:
         return [self.first_byte + byte for byte in text.encode("utf-8")]

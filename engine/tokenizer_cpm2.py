@@ -68,7 +68,8 @@ class Cpm2Tokenizer:
         self._sentinel_indices = {token_id: i for i, token_id in enumerate(self._sentinels)}
         # jieba never puts "<" inside a segment, so these cannot be met anyway; a segmenter that
         # did must not turn a typed "<eod>" into an end of text.
-        control = {ids[token] for token in CONTROL_TOKENS & ids.keys()} | set(self._sentinels)
+        self.control_ids = frozenset(ids[token] for token in CONTROL_TOKENS & ids.keys())
+        control = self.control_ids | set(self._sentinels)
         self._ids = {token: i for token, i in ids.items() if i not in control}
         self._longest = max(map(len, self._ids))
         self._segment = segment

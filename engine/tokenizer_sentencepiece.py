@@ -33,6 +33,7 @@ class SentencePieceTokenizer:
         last = self._num_pieces + NUM_APPENDED_SENTINELS - 1
         self._sentinels = own or [last - i for i in range(NUM_APPENDED_SENTINELS)]
         self._sentinel_indices = {token_id: i for i, token_id in enumerate(self._sentinels)}
+        self.control_ids = _find_controls(processor)
         # SentencePiece finds sentinels that are pieces in typed text too; those are spelled out.
         self._typed = {token_id: _letters(processor, token_id) for token_id in own}
 
@@ -86,6 +87,7 @@ class Cpm1Tokenizer:
     def __init__(self, processor: SentencePieceProcessor, segment: Segmenter) -> None:
         self._processor = processor
         self._segment = segment
+        self.control_ids = _find_controls(processor)
 
     @property
     def vocab_size(self) -> int:
@@ -137,6 +139,12 @@ def _find_sentinels(processor: SentencePieceProcessor) -> list[int]:
             "from <extra_id_0> without a gap"
         )
     return [found[i] for i in range(len(found))]
+
+
+def _find_controls(processor: SentencePieceProcessor) -> frozenset[int]:
+    """Ids of the pieces that stand for no text."""
+    pieces = range(processor.get_piece_size())
+    return frozenset(i for i in pieces if processor.is_control(i) or processor.is_unknown(i))
 
 
 def _letters(processor: SentencePieceProcessor, token_id: int) -> list[int]:

@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.errors import EngineError, EngineStopped, Overloaded
 from engine.generation import generate
 from engine.model.transformer import Transformer
+from engine.prompt import check_tokenizer
 from engine.request import Event, Failed, Finished, Request
 from engine.tokenizer import Tokenizer
 
@@ -23,10 +24,13 @@ State = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a loader hands to the worker."""
+    """What a loader hands to the worker. Raises TokenizerError if the two do not fit."""
 
     model: Transformer
     tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, self.model.config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +151,20 @@ class Worker:
     def stats(self) -> EngineStats:
         """A snapshot of counts and load."""
         with self._changed:
-            return EngineStats(len(self._waiting), int(self._running is not None), **self._counts)
+            queued = sum(not ticket.cancelled.is_set() for ticket in self._waiting)
+            return EngineStats(queued, int(self._running is not None), **self._counts)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, finish those accepted, end the thread.
+        """Refuse new requests, finish those accepted, end the thread. Blocks.
 
-        Blocks; False if time ran out.
-
-        Requests that are not finished in time end with Failed.
+        False if the thread goes on: time ran out, and what was not finished ended with Failed; or a
+        model is being loaded, for which nobody waits any more.
         """
         with self._changed:
+            if self.state in ("starting", "loading"):
+                timeout_s = 0.0
             if self.state in ("starting", "loading", "ready"):
-                self.state = "draining"
+                self.state = self.phase = "draining"
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -207,8 +213,9 @@ class Worker:
                 self.failure, self.state = str(error), "failed"
             return False
         with self._changed:
-            if self.state == "loading":
-                self.state = self.phase = "ready"
+            if self.state != "loading":  # drained meanwhile
+                return False
+            self.state = self.phase = "ready"
         logger.info("%s is ready", self.model_name)
         return True
 

@@ -56,8 +56,9 @@ class BlobLayout:
     quantization: str = "none"
 
     def __post_init__(self) -> None:
-        if self.blob_bytes < PAGE_BYTES or self.blob_bytes % PAGE_BYTES:
-            raise ValueError(f"blob_bytes {self.blob_bytes} is no multiple of {PAGE_BYTES}")
+        size = self.blob_bytes
+        if type(size) is not int or size < PAGE_BYTES or size % PAGE_BYTES:
+            raise ValueError(f"blob_bytes {size} is no multiple of {PAGE_BYTES}")
         if self.quantization != "none":
             raise ValueError(f"quantization {self.quantization!r} is unknown; known: none")
         end = 0

@@ -10,9 +10,9 @@ import typer
 
 from engine.errors import ConfigError
 from server.app import create_app
-from server.lifecycle import is_loopback, open_socket, run
+from server.lifecycle import is_loopback, open_socket, run_to_exit
 from server.protocol import Engine
-from server.settings import Settings, read_settings
+from server.settings import DtypeName, LogLevel, Settings, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,11 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; left out, as stored.")
-    ] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_level: Annotated[LogLevel | None, typer.Option(help="Least level to log.")] = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI clients expect it.
 
@@ -89,4 +87,4 @@ def serve(
     with open_socket(settings.host, settings.port) as listener:
         typer.echo(greeting(listener), err=True)
         engine = open_engine(settings.model, settings)
-        run(create_app(engine, settings), engine, listener, settings.drain_s)
+        run_to_exit(create_app(engine, settings), engine, listener, settings.drain_s)

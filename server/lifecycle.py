@@ -3,9 +3,12 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import socket
+import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -69,6 +72,8 @@ class DrainingServer(uvicorn.Server):
         drain.start()
         while drain.is_alive() and not self.force_exit:
             await asyncio.to_thread(drain.join, POLL_S)
+        if self.force_exit:  # open streams still get their error; nobody waits for the engine
+            self._engine.drain(0.0)
 
 
 def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -> None:
@@ -95,3 +100,26 @@ def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -
         raise EngineStopped("stopped by a second signal before all requests had ended")
     if not server.should_exit:
         raise EngineStopped(f"the engine has ended: {engine.failure or 'see the log'}")
+
+
+def run_to_exit(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -> None:
+    """As `run`, but if the engine is still computing at the end, leave the process there and then.
+
+    Python cannot end under a thread that is inside torch: the process would abort.
+    """
+    try:
+        run(app, engine, listener, drain_s)
+    except EngineStopped as error:
+        if engine.state in ENDED:
+            raise
+        sys.stderr.write(f"infmoe: error: {error}\n")
+        leave(1)
+    if engine.state not in ENDED:
+        leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without ending Python."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)

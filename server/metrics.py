@@ -76,7 +76,8 @@ class Meter:
     def see(self, index: int, event: Event) -> None:
         """Count one event of choice `index`."""
         if isinstance(event, Piece):
-            self._see_piece(index, max(len(event.token_ids), 1))
+            if event.token_ids:  # else it is text that was held back
+                self._see_piece(index, len(event.token_ids))
         elif isinstance(event, Finished):
             self._metrics.ends.labels(event.reason).inc()
             self._metrics.queued.observe(event.queued_s)

@@ -31,6 +31,7 @@ class BodyGuard:
             await self.app(scope, receive, send)
             return
         if refusal := self._refusal(Headers(scope=scope)):
+            scope["state"]["notes"]["error"] = refusal.code
             await refusal.response()(scope, receive, send)
             return
         num_bytes = 0

@@ -23,10 +23,13 @@ MAX_NAMED_FIELDS = 20
 
 # Known fields that do not work yet, each with the values that ask for nothing. Null is always one.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logprobs": (),
@@ -36,7 +39,12 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
     "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 
 

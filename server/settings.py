@@ -11,6 +11,8 @@ from engine.errors import ConfigError
 
 ENV_PREFIX = "INFMOE_"
 
+DtypeName = Literal["fp32", "bf16", "fp16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -21,7 +23,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
     model: Path | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: DtypeName | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     max_queue: Count = 256
@@ -29,7 +31,7 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 4 * 2**20
     keep_alive_s: Seconds = 12.0
     drain_s: Seconds = 30.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,6 +171,9 @@ def test_no_directory(tmp_path):
     (tmp_path / "absent.partial").mkdir()
     with pytest.raises(CheckpointError, match=r"absent\.partial is an unfinished conversion"):
         load_model(tmp_path / "absent")
+    (tmp_path / "absent.replaced").mkdir()
+    with pytest.raises(CheckpointError, match=r"run it again; absent\.replaced is the older model"):
+        load_model(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty: is empty"):
         load_model(tmp_path / "empty")
@@ -284,6 +288,7 @@ def test_wrong_index(tmp_path):
     for spoilt, message in [
         ("{", "no index of shards"),
         ("[]", "no index of shards"),
+        ("[" * 100_000, "no index of shards"),
         ('{"weight_map": 3}', "no index of shards"),
         (json.dumps({"weight_map": {**weight_map, "x": "../x"}}), "Invalid name"),
         (json.dumps({"weight_map": {**weight_map, "x": "absent"}}), "absent: is missing"),
@@ -366,6 +371,31 @@ def test_refuses_to_replace_what_is_not_ours(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"cat\.jpg: is in the way and not ours"):
         save_model(random_model(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_backups_of_the_user_are_left_alone(saved, tmp_path):
+    backup = tmp_path / "model.old"
+    save_model(random_model(seed=2), backup)
+    save_model(random_model(seed=1), saved)
+    assert_same(load_model(backup), random_model(seed=2).state_dict())
+
+
+def test_refuses_a_mount_point_before_anything_is_written():
+    with pytest.raises(CheckpointError, match="/proc: is a mount point"):
+        save_model(random_model(), Path("/proc"))
+
+
+def test_older_model_is_kept_until_the_new_one_is_there(saved, tmp_path):
+    """As after a kill between the two renames: the older one lies aside, DIR is missing."""
+    saved.rename(tmp_path / "model.replaced")
+    state = random_model(seed=1).state_dict()
+    del state["decoder.norm.weight"]
+    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+        save_state(MOE, state, saved)
+    assert_same(load_model(tmp_path / "model.replaced"), random_model().state_dict())
+    save_model(random_model(seed=1), saved)
+    assert_same(load_model(saved), random_model(seed=1).state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_cannot_write_where_a_file_is(tmp_path):

@@ -169,6 +169,15 @@ def test_vocabulary_beside_the_rank_files_and_with_a_final_newline(tmp_path):
     assert open_cpm2(folder).config == TINY
 
 
+def test_vocabulary_with_carriage_returns_and_a_bare_prefix(tmp_path):
+    """Read as the tokenizer reads it, to which "##" alone is no piece of a bilingual one."""
+    write_rank_files(tiny_model(), tmp_path, 1)
+    path = tmp_path / "vocab.txt"
+    text = path.read_text("utf-8").replace("\u4e00", "##")
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+    assert open_cpm2(tmp_path).config == TINY
+
+
 def test_wrong_vocabulary(tmp_path):
     write_rank_files(tiny_model(), tmp_path, 1)
     path = tmp_path / "vocab.txt"
@@ -176,16 +185,22 @@ def test_wrong_vocabulary(tmp_path):
     path.write_text(good + "\nmore", "utf-8")
     with pytest.raises(CheckpointError, match=r"vocab\.txt: has 97 lines, the model has 96$"):
         open_cpm2(tmp_path)
-    path.write_text("x\n" * 52736, "utf-8")
+    path.write_text("".join(f"x{index}\n" for index in range(52736)), "utf-8")
     with pytest.raises(CheckpointError, match="outdated file that fits no released model"):
         open_cpm2(tmp_path)
     path.write_text(good.replace("<eod>", "<end>"), "utf-8")
     with pytest.raises(CheckpointError, match="has no token <eod>"):
         open_cpm2(tmp_path)
+    path.write_text(good.replace("<mask>", "<sep>"), "utf-8")
+    with pytest.raises(CheckpointError, match=r"vocab\.txt:7: '<sep>' is on line 5 already"):
+        open_cpm2(tmp_path)
+    path.write_bytes(good.encode("utf-16"))
+    with pytest.raises(CheckpointError, match=r"vocab\.txt:1: .* is not UTF-8"):
+        open_cpm2(tmp_path)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"vocab\.txt is missing: put the one of 96 lines"):
         open_cpm2(tmp_path)
-    with pytest.raises(CheckpointError, match=r"elsewhere\.txt: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"elsewhere\.txt: .*No such file"):
         open_cpm2(tmp_path, tmp_path / "elsewhere.txt")
 
 
@@ -225,14 +240,15 @@ def test_released_config_is_compared(tmp_path, caplog):
     for change, message in [
         ({"d_ff": 64}, "d_ff is 64, the tensors tell 48"),
         ({"num_layers": 3}, "num_layers is 3, the tensors tell 2"),
-        ({"layer_norm_epsilon": "tiny"}, "no JSON of the released form"),
+        ({"layer_norm_epsilon": "tiny"}, "layer_norm_epsilon is 'tiny'; expected a number"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_eps is nan; it must lie"),
     ]:
         path.write_text(json.dumps({**RELEASED, **change}))
         with pytest.raises(CheckpointError, match=message):
             open_cpm2(tmp_path)
-    for text in ("{", "[1]"):
+    for text in ("{", "[1]", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(CheckpointError, match=r"config\.json: no JSON of the released form"):
+        with pytest.raises(CheckpointError, match=r"config\.json: is no JSON"):
             open_cpm2(tmp_path)
 
 
@@ -307,6 +323,15 @@ def narrow_all(rank, state):
     state[KEY] = state[KEY][:, :-1].clone()
 
 
+def flatten_columns(rank, state):
+    key = "decoder.blocks.1.cross_attn.cross_attn.dense.weight"
+    state[key] = state[key].flatten()
+
+
+def scalar_rows(rank, state):
+    state["lm_head.weight"] = torch.tensor(1.0)
+
+
 def odd_heads(rank, state):
     for key in [key for key in state if key.endswith("relative_attention_bias.weight")]:
         state[key] = torch.ones(32, 3)
@@ -326,6 +351,8 @@ def lose_a_layer(rank, state):
         (misshape, rf"mp_rank_01.*: {KEY} has shape \[47, 32\], expected \[48, 32\]"),
         (misshape_all, rf"mp_rank_00.*: {KEY} has shape \[47, 32\].* rows dividing by 3"),
         (narrow_all, r"self_attention\.qkv\.weight has shape \[96, 31\], expected \[96, 32\]"),
+        (flatten_columns, r"cross_attn\.dense\.weight has shape \[512\], expected a matrix"),
+        (scalar_rows, r"lm_head\.weight has shape \[\], expected a matrix"),
         (odd_heads, "32 attention columns do not divide by 6 heads"),
         (lose_a_layer, r"first decoder\.blocks\.0\."),
     ],

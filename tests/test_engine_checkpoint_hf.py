@@ -255,6 +255,9 @@ def test_defaults_and_generation_config(directory):
         ({"eos_token_id": ["x"]}, "eos_token_id is 'x'; expected a whole number"),
         ({"eos_token_id": 96}, "token id 96 is outside the vocabulary"),
         ({"layer_norm_epsilon": "x"}, "layer_norm_epsilon is 'x'; expected a number"),
+        ({"layer_norm_epsilon": 10**400}, "norm_eps is 10+; it must lie between 0 and 1"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_eps is nan; it must lie between 0 and 1"),
+        ({"feed_forward_proj": []}, r"feed_forward_proj \[\] is not supported"),
         ({"feed_forward_proj": "relu"}, r"tensors missing, first .*DenseReluDense\.wi\.weight"),
         ({"num_layers": 1}, r"has no tensor encoder\.block\.1\."),
         ({"num_layers": 4}, r"tensors missing, first encoder\.block\.2\."),
@@ -268,7 +271,11 @@ def test_wrong_config(directory, change, message):
 
 
 def test_config_is_no_json(directory):
-    for text, message in [("{", "is no JSON"), ("[1]", "is no JSON object")]:
+    for text, message in [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ("[" * 100_000, "is no JSON: maximum recursion depth"),
+    ]:
         (directory / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
             open_huggingface(directory)
@@ -340,9 +347,18 @@ def test_unknown_or_misshapen_tensors(directory):
 
     change_tensors(directory, misshape)
     with pytest.raises(
-        CheckpointError, match=r"qkv\.weight has shape \[71, 32\], expected \[72, 32"
+        CheckpointError, match=r"\.q\.weight has shape \[23, 32\], expected \[24, 32"
     ):
         load(directory)
+
+    for spoil, message in [
+        (lambda t: t[:, :-1].clone(), r"\.q\.weight has shape \[23, 31\], expected \[24, 32\]"),
+        (lambda t: t[0].clone(), r"\.q\.weight has shape \[31\], expected \[24, 32\]"),
+        (lambda t: torch.ones(24, 32, dtype=torch.int8), r"\.q\.weight is torch\.int8"),
+    ]:
+        change_tensors(directory, lambda tensors, f=spoil: tensors.update({key: f(tensors[key])}))
+        with pytest.raises(CheckpointError, match=message):
+            load(directory)
 
     def add(tensors):
         tensors["encoder.bias"] = torch.ones(2)

@@ -162,6 +162,24 @@ def test_damaged_archive(path, tmp_path):
         list(read_experts(tmp_path / "absent", CONFIG))
 
 
+def test_encrypted_member(path):
+    write(path, members())
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1  # a flag of the last member, in the directory
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="2/wo_weight is damaged or no array .*encrypted"):
+        list(read_experts(path, CONFIG))
+
+
+@pytest.mark.parametrize("shape", [f"({10**15},)", f"({10**20},)", "(3, 6"])
+def test_impossible_headers(tmp_path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    path = tmp_path / "c.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    with pytest.raises(CheckpointError, match=r"c\.npy: truncated or no \.npy file"):
+        read_centroids(path, CONFIG)
+
+
 def test_damaged_member(path):
     write(path, members(), np.savez_compressed)
     with zipfile.ZipFile(path) as archive:

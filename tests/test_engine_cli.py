@@ -110,9 +110,11 @@ def test_bench_ends_in_one_json_line(capsys, model_dir):
     assert code == 0
     assert report["tokens_equal"] is True
     assert report["share_of_memory_limit"] > 0
-    decoder = sum(p.numel() for p in tiny_model().decoder.parameters())
-    one = 32 + 3 * 32 * 48
-    assert report["active_decoder_bytes"] == 4 * (decoder + 2 * one + 384 * 32)
+    inner, one = 4 * 8, 32 + 3 * 32 * 48
+    attention = 4 * 32 * inner + 2 * 32 * inner  # all of self-attention; query and out of cross-
+    layer = 2 * 32 + attention + 4 * 32 + 32 + one  # norms, attentions, centroids, router norm
+    final = 32 + 32 * 4  # norm, relative bias
+    assert report["active_decoder_bytes"] == 4 * (2 * (layer - 32) + final + 384 * 32)
 
 
 def truncate(directory: Path) -> None:
@@ -155,6 +157,13 @@ def lose_the_vocabulary(directory: Path) -> None:
     path.write_text(path.read_text().replace('"bytes"', '"cpm2_zh"'))
 
 
+def lose_an_id(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(
+        path.read_text().replace('"continuation_sentinel": 0', '"continuation_sentinel": 125')
+    )
+
+
 DAMAGES = [
     (truncate, "model.safetensors"),
     (truncate_experts, "experts-decoder-1.safetensors"),
@@ -164,6 +173,7 @@ DAMAGES = [
     (empty, "is empty"),
     (remove, "model"),
     (lose_the_vocabulary, "vocab.txt"),
+    (lose_an_id, "there is no sentinel 125"),
 ]
 
 

@@ -24,8 +24,12 @@ def test_a_config_survives_its_file(tmp_path):
         ({"num_experts": 1}, r"num_experts is 1; it must be 0 \(dense\) or at least 2"),
         ({"relative_buckets": 30}, "relative_buckets 30 must divide by 4"),
         ({"relative_max_distance": 16}, "relative_max_distance 16"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0; it must lie between 0 and 1"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"pad_token_id": 384}, "token id 384 is outside the vocabulary of 384"),
         ({"eos_token_ids": (-1,)}, "token id -1 is outside"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0; it must lie between 0 and 1"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf; it must lie"),
     ],
 )
 def test_impossible_values_are_refused(change, message):
@@ -43,6 +47,8 @@ def test_impossible_values_are_refused(change, message):
         ({"gated": 1}, "gated is 1; expected bool"),
         ({"eos_token_ids": "1"}, "eos_token_ids is '1'; expected a list"),
         ({"continuation_sentinel": "first"}, "continuation_sentinel is 'first'"),
+        ({"norm_eps": -1}, "norm_eps is -1; it must lie"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan; it must lie"),
     ],
 )
 def test_wrong_keys_and_types_are_refused(change, message):
@@ -62,6 +68,7 @@ def test_a_missing_key_is_named():
     [
         (None, "cannot be read as JSON"),
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON: maximum recursion depth"),
         ("[]", 'no "format": "infmoe"'),
         ('{"model_type": "t5"}', 'no "format": "infmoe"'),
         ('{"format": "infmoe", "version": 99}', "version 99 is not 1"),

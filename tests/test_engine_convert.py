@@ -83,6 +83,14 @@ def test_hugging_face(t5_files, tmp_path):
     assert_same(load_any(tmp_path / "from-pickle", torch.bfloat16), expected.bfloat16())
 
 
+def test_a_tokenizer_that_cannot_be_opened_later_is_warned_of(t5_files, tmp_path, caplog):
+    (t5_files / "spiece.model").unlink()
+    assert (t5_files / "generation_config.json").exists()  # travels along, but is no vocabulary
+    with caplog.at_level(logging.WARNING):
+        convert(t5_files, tmp_path / "out")
+    assert "without spiece.model the result takes ids only" in caplog.text
+
+
 def test_native_to_another_dtype(tmp_path, caplog):
     model = tiny_model(MOE)
     save_model(model, tmp_path / "in")
@@ -223,6 +231,35 @@ def test_killed_conversion_goes_on(moe_files, tmp_path):
     assert list(out.glob("*.partial")) == []
 
 
+def test_conversion_killed_while_it_reaches_the_disk_goes_on(moe_files, tmp_path, monkeypatch):
+    """All is written but not yet in place: hundreds of gigabytes are not to be written again."""
+    out, fsync = tmp_path / "out", os.fsync
+
+    def killed_at_the_end(handle):
+        if Path(f"/proc/self/fd/{handle}").readlink() == tmp_path / "out.partial" / "config.json":
+            raise KeyboardInterrupt
+        fsync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", killed_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            convert(moe_files, out)
+    first = inodes(tmp_path / "out.partial")
+    assert len(first) == 4
+    convert(moe_files, out)
+    assert inodes(out) == first
+    assert_same(load_any(out), tiny_model(MOE).half())
+
+
+def test_interrupted_conversion_goes_on_from_another_folder(moe_files, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        convert(moe_files, tmp_path / "out", progress=interrupt_after("experts of encoder-1"))
+    first = inodes(tmp_path / "out.partial")
+    monkeypatch.chdir(tmp_path)
+    convert(Path("cpm2"), Path("out"))
+    assert first.items() <= inodes(tmp_path / "out").items()
+
+
 def test_a_damaged_source_fails_and_leaves_no_model(moe_files, tmp_path):
     path = moe_files / "100000" / "mp_rank_03_01_model_states.pt"
     path.write_bytes(path.read_bytes()[:-50])
@@ -234,6 +271,10 @@ def test_a_damaged_source_fails_and_leaves_no_model(moe_files, tmp_path):
 def test_refuses_targets(moe_files, tmp_path):
     with pytest.raises(CheckpointError, match="is the source itself"):
         convert(moe_files, moe_files)
+    for name in ("m.partial", "m.replaced"):  # both are deleted on the way
+        save_model(tiny_model(), tmp_path / name)
+        with pytest.raises(CheckpointError, match="is the source itself, or would overwrite it"):
+            convert(tmp_path / name, tmp_path / "m")
     with pytest.raises(CheckpointError, match="is not empty and holds no native model"):
         convert(moe_files, tmp_path)
     with pytest.raises(CheckpointError, match="int8 cannot be written"):

@@ -54,7 +54,9 @@ def test_blanks_become_sentinels_only_when_filling_is_asked_for():
         ([384], False, "token id 384 is outside the vocabulary of 384"),
         ([-1], False, "token id -1 is outside"),
         ("no blank", True, "the prompt holds 0 blanks"),
-        (BLANK * 17, True, "the prompt holds 17 blanks"),
+        (BLANK * 17, True, "the prompt holds 17 blanks; to fill, mark 1 to 16"),
+        ([S[1], S[0]], True, "the sentinels among the token ids must be 0, 1, 2"),
+        ([S[0], S[0]], True, "the sentinels among the token ids must be 0, 1, 2"),
     ],
 )
 def test_bad_prompts(prompt, fill, message):
@@ -68,6 +70,13 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_tokenized():
         request("a" * 256)
     with pytest.raises(PromptTooLong, match="1,000,000 characters"):
         request("a" * 1_000_000)
+
+
+def test_more_tokens_than_a_cache_may_hold_are_refused():
+    assert request(max_tokens=256).params.max_tokens == 256
+    with pytest.raises(RequestError, match="max_tokens is 257; the limit is 256") as caught:
+        request(max_tokens=257)
+    assert caught.value.field == "max_tokens"
 
 
 def pushed(row: Generation, tokens: list[int]) -> list[tuple[int, str]]:
@@ -88,8 +97,48 @@ def test_while_filling_only_the_next_sentinel_is_allowed_and_no_answer_is_empty(
     zeros = torch.zeros(MOE.vocab_size)
     assert torch.isinf(row.ban(zeros)[[*S, EOS]]).all()
     row.push(ids("a")[0])
-    allowed = [i for i in S if row.ban(zeros)[i] == 0]
+    allowed = [i for i in (*S, EOS) if row.ban(zeros)[i] == 0]
     assert allowed == [S[1]]
+    row.push(S[1])
+    row.push(ids("a")[0])
+    allowed = [i for i in (*S, EOS) if row.ban(zeros)[i] == 0]  # nothing is left to fill
+    assert allowed == [S[2], EOS]
+
+
+def test_the_limit_counts_the_sentinels_between_blanks():
+    row = Generation(request(f"{BLANK} {BLANK}", fill=True, max_tokens=2), TOKENIZER, MOE)
+    assert pushed(row, [*ids("a"), S[1]]) == [(0, "a")]
+    assert row.finish == ("length", None)
+
+
+def test_a_stop_string_in_a_blank_ends_the_request_and_none_reaches_over_two_blanks():
+    asked = request(f"{BLANK} {BLANK}", fill=True, stop=("ab",))
+    row = Generation(asked, TOKENIZER, MOE)
+    assert pushed(row, [*ids("a"), S[1], *ids("b")]) == [(0, "a"), (1, "b")]
+    assert row.finish is None
+    row = Generation(asked, TOKENIZER, MOE)
+    assert pushed(row, ids("xab")) == [(0, "x")]
+    assert row.finish == ("stop", "ab")
+
+
+def test_half_a_character_at_the_end_of_a_blank_may_complete_a_stop_string():
+    asked = request(f"{BLANK} {BLANK}", fill=True, stop=("\ufffd",))
+    row = Generation(asked, TOKENIZER, MOE)
+    assert pushed(row, [ids("\u4f60")[0], S[1]]) == []
+    assert row.finish == ("stop", "\ufffd")
+
+
+def test_marks_are_never_generated():
+    row = Generation(request(), TOKENIZER, MOE)
+    banned = torch.isinf(row.ban(torch.zeros(MOE.vocab_size))).nonzero().flatten().tolist()
+    assert banned == [0, 2]  # padding and unknown; the end mark may come
+
+
+def test_ids_that_are_closed_already_are_not_closed_again():
+    for config in (MOE, T5_STYLE):
+        once = request("ab", config).encoder_ids
+        assert request(list(once), config).encoder_ids == once
+        assert request(ids("ab"), config).encoder_ids == once
 
 
 @pytest.mark.parametrize("end", [EOS, S[0], S[1]])
@@ -169,11 +218,13 @@ def test_the_account_of_a_request():
 
 def test_filling_answers_every_blank_or_hits_the_limit():
     model = tiny_model(seed=4)
-    events = list(
-        generate(model, TOKENIZER, request(f"a{BLANK}b{BLANK}", fill=True, max_tokens=40))
-    )
-    finished = events[-1]
-    if finished.reason == "stop":
-        assert {event.blank for event in events[:-1]} == {0, 1}
-    else:
-        assert finished.completion_tokens == 40
+    seen = set()
+    for seed in range(60):
+        asked = request(f"a{BLANK}b{BLANK}", fill=True, max_tokens=40, temperature=2.0, seed=seed)
+        *pieces, finished = generate(model, TOKENIZER, asked)
+        seen.add(finished.reason)
+        if finished.reason == "stop":
+            assert {piece.blank for piece in pieces} == {0, 1}
+        else:
+            assert finished.completion_tokens == 40
+    assert seen == {"stop", "length"}

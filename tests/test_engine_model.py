@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from engine.config import CPM2_11B, CPM2_MOE_198B
+from engine.model.dtypes import parse_dtype
 from engine.model.layers import feed_forward, relative_buckets, rms_norm
 from engine.model.moe import MoELayer, ResidentExperts, assign_greedy
 from engine.model.transformer import Transformer, initialize, num_parameters
@@ -71,6 +72,12 @@ def test_selected_rows_of_a_cache_go_on_as_the_rows_they_were():
     expected = model.step(target[:, 3:], cache)[1]
     again = model.step(target[[1, 1], 3:], picked)
     torch.testing.assert_close(again, torch.stack([expected, expected]), atol=1e-6, rtol=1e-5)
+
+
+def test_number_formats_have_short_names():
+    assert [parse_dtype(name) for name in (None, "bf16")] == [None, torch.bfloat16]
+    with pytest.raises(ValueError, match="dtype is 'int3'; allowed: fp32, bf16, fp16"):
+        parse_dtype("int3")
 
 
 def test_a_full_cache_is_an_error():

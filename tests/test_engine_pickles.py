@@ -94,13 +94,23 @@ def test_places(tmp_path, is_zip):
         ({}, "holds no named tensors"),
         ({"a": 3}, "a is no tensor but a int"),
         ({3: torch.ones(1)}, "3 is no tensor"),
-        ({"a": torch.ones(2).to_sparse()}, "a is no tensor"),
+        ({"a": torch.ones(2).to_sparse()}, "a is a sparse, nested or empty tensor"),
+        ({"a": torch.ones(2, 2, device="meta")}, "a is a sparse, nested or empty tensor"),
     ],
 )
 def test_no_tensors(tmp_path, is_zip, content, message):
     path = save(content, tmp_path / "f.pt", is_zip=is_zip)
     with pytest.raises(CheckpointError, match=message):
         load_state(path)
+
+
+@FORMATS
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
+def test_sparse_rows_and_nested_tensors_are_refused(tmp_path, is_zip):
+    for tensor in (torch.ones(2, 2).to_sparse_csr(), torch.nested.nested_tensor([torch.ones(2)])):
+        path = save({"a": tensor}, tmp_path / "f.pt", is_zip=is_zip)
+        with pytest.raises(CheckpointError, match="a is a sparse, nested or empty tensor"):
+            load_state(path)
 
 
 @FORMATS

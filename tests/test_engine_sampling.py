@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from engine.errors import EngineError
 from engine.request import SamplingParams
 from engine.sampling import choose_token
 
@@ -48,6 +50,34 @@ def test_banned_tokens_never_come():
     logits = PROBS.log()
     logits[0] = -torch.inf
     assert draw(SamplingParams(temperature=2.0), logits)[0] == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-40, 5e-324])
+def test_next_to_no_temperature_is_greedy(temperature):
+    params = SamplingParams(temperature=temperature)
+    assert draw(params, PROBS.log() * 50, times=20).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [0.0, torch.nan, 1.0],
+        [torch.nan, torch.nan, torch.nan],
+        [0.0, torch.inf, 1.0],
+        [-torch.inf, -torch.inf, -torch.inf],
+    ],
+)
+def test_scores_that_are_not_finite_are_an_error(temperature, scores):
+    params = SamplingParams(temperature=temperature)
+    with pytest.raises(EngineError, match="scores that are not finite"):
+        choose_token(torch.tensor(scores), params, torch.Generator())
+
+
+def test_top_k_keeps_what_ties_with_the_last():
+    params = SamplingParams(temperature=1.0, top_k=1)
+    got = draw(params, torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(got, torch.tensor([0, 0.5, 0.5]), atol=0.03, rtol=0)
 
 
 def test_the_same_seed_gives_the_same_draws():

@@ -114,3 +114,9 @@ def test_importing_the_protocol_is_light():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_control_ids_stand_for_no_text():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.control_ids == {0, 1, 2}
+    assert tokenizer.decode(sorted(tokenizer.control_ids)) == ""

@@ -1,9 +1,11 @@
 import asyncio
 import threading
+from dataclasses import replace
+from time import perf_counter
 
 import pytest
 
-from engine.errors import CheckpointError, EngineStopped, Overloaded
+from engine.errors import CheckpointError, EngineStopped, Overloaded, TokenizerError
 from engine.generation import generate
 from engine.prompt import build_request
 from engine.request import Failed, Finished, Piece, Request, SamplingParams
@@ -134,6 +136,37 @@ def test_a_model_that_cannot_be_loaded_leaves_the_reason():
     assert worker.drain(TIMEOUT_S)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 300}, "the tokenizer names 384 tokens, the model has 300"),
+        ({"continuation_sentinel": 125}, "there is no sentinel 125; allowed: -125 to 124"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(change, message):
+    with pytest.raises(TokenizerError, match=message):
+        LoadedModel(tiny_model(replace(MOE, **change)), TOKENIZER)
+
+
+def test_draining_does_not_wait_for_a_model_that_is_being_loaded():
+    gate = threading.Event()
+
+    def slow_load(report):
+        report("reading weights")
+        assert gate.wait(TIMEOUT_S)
+        return load(report)
+
+    worker = Worker("tiny", slow_load)
+    worker.start()
+    wait_until(lambda: worker.phase == "reading weights")
+    began = perf_counter()
+    assert not worker.drain(TIMEOUT_S)
+    assert perf_counter() - began < TIMEOUT_S / 2
+    assert (worker.state, worker.phase) == ("draining", "draining")
+    gate.set()
+    wait_until(lambda: worker.state == "stopped")
+
+
 def test_a_full_queue_is_an_error_and_the_others_are_served():
     gate = Gate()
     worker = Worker("tiny", gate.load, max_queue=2)
@@ -253,6 +286,7 @@ def test_closed_requests_hold_no_place_in_the_queue():
         worker.submit(request(max_tokens=1))
         await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
         await worker.submit(request(max_tokens=1)).aclose()
+        assert worker.stats().queued == 0
         kept = worker.submit(request(max_tokens=1))
         gate.opened.set()
         return await collect(kept)

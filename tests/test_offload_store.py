@@ -209,6 +209,7 @@ def test_wrong_metadata(path, key, value, reason):
     [
         ({"quantization": "int3"}, "quantization 'int3' is unknown"),
         ({"blob_bytes": 8191}, "no multiple of 4096"),
+        ({"blob_bytes": 8192.0}, "no multiple of 4096"),
         ({"blob_bytes": 4096}, "do not fit a blob of 4096"),
         ({"blob_bytes": 12288}, "not 3 blobs of 12288 bytes"),
         ({"colour": "red"}, "unexpected keyword"),

@@ -75,7 +75,15 @@ def test_wrong_usage_exits_2(arguments, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["serve", "x", "--port", "70000"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["serve", "x", "--port", "70000"],
+        ["serve", "x", "--dtype", "int3"],
+        ["serve", "x", "--log-level", "loud"],
+    ],
+)
 def test_wrong_usage_of_serve(arguments, capsys, monkeypatch):
     monkeypatch.delenv("INFMOE_MODEL", raising=False)
     with pytest.raises(SystemExit) as caught:
@@ -193,14 +201,22 @@ def test_greeting_of_ipv6():
 
 SERVER = """
     import sys
+    import threading
     from engine.request import Piece
     from server.app import create_app
-    from server.lifecycle import open_socket, run
+    from server.lifecycle import open_socket, run, run_to_exit
     from server.settings import Settings
     from tests.fakes import HOLD, FakeEngine, finished
 
     class Engine(FakeEngine):
+        def compute(self, big):
+            while True:
+                big @ big
+
         def drain(self, timeout_s):
+            if sys.argv[1] == "busy":  # as an engine does that has much left to compute
+                self.state = "draining"
+                return not threading.Event().wait(timeout_s)
             if sys.argv[1] == "finish":
                 self.release()
             return super().drain(timeout_s)
@@ -211,6 +227,10 @@ SERVER = """
             return super().submit(request)
 
     engine = Engine(lambda request: [Piece("a", (1,)), HOLD, finished(request)])
+    if sys.argv[1] == "busy":
+        import torch
+        threading.Thread(target=engine.compute, args=[torch.ones(400, 400)], daemon=True).start()
+        run = run_to_exit
     listener = open_socket("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
     try:
@@ -270,12 +290,37 @@ def test_drain_refuses_new_work_and_ends_late_streams_with_an_error():
 
 
 def test_second_signal_leaves_at_once():
-    with server_process("hold", 600) as (process, address), open_stream(address):
+    with server_process("hold", 600) as (process, address), open_stream(address) as lines:
         process.send_signal(signal.SIGTERM)
         wait_unready(address)
         process.send_signal(signal.SIGINT)
+        error, done = lines
+        assert '"error"' in error
+        assert done == "data: [DONE]"
         assert process.wait(10) == 1
-        assert "EngineStopped: stopped by a second signal" in process.stderr.read()
+        printed = process.stderr.read()
+        assert "EngineStopped: stopped by a second signal" in printed
+        assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "signals", "status", "last"),
+    [
+        (600, 2, 1, "infmoe: error: stopped by a second signal before all requests had ended\n"),
+        (0.1, 1, 0, ""),
+    ],
+)
+def test_an_engine_that_computes_to_the_end_does_not_abort_the_process(
+    drain_s, signals, status, last
+):
+    with server_process("busy", drain_s) as (process, address):
+        assert httpx2.get(f"{address}/health/ready").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        if signals == 2:
+            wait_unready(address)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == status
+        assert process.stderr.read() == last
 
 
 def test_failed_engine_ends_the_process():

@@ -135,7 +135,7 @@ def test_null_means_absent(name):
         *(("prompt", value) for value in (1, True, {}, [], ["a", 1], [1, "a"], [[1], 2], [True])),
         *(("prompt", value) for value in ([-1], [1.5], [2**40], ["\ud800"], "a\udc00", "", [[]])),
         ("prompt", [383, 384]),
-        *(("max_tokens", value) for value in (0, -1, 2**31, 2**70, "1", True, 1.5, 1e308)),
+        *(("max_tokens", value) for value in (0, -1, 2049, 2**31, 2**70, "1", True, 1.5, 1e308)),
         *(("temperature", value) for value in (-0.1, 2.1, "1", True)),
         *(("top_p", value) for value in (0, 1.1, "1")),
         *(("top_k", value) for value in (-2, 2**31, 1.0)),

@@ -154,6 +154,14 @@ def test_content_type(client, kind):
     error_of(response, 415, "unsupported_content_type")
 
 
+def test_what_is_refused_before_a_route_is_logged_with_its_code(client, caplog):
+    with caplog.at_level(logging.INFO, logger="server"):
+        client.post(URL, content=b"{}", headers={"content-type": "text/plain"})
+        client.post(URL, json={"prompt": "a" * 1000})
+    codes = [record.getMessage().rpartition(" ")[2] for record in caplog.records]
+    assert codes == ["error=unsupported_content_type", "error=body_too_large"]
+
+
 def test_content_type_with_charset(client):
     headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert client.post(URL, content=b'{"prompt": "a"}', headers=headers).status_code == 200

@@ -7,9 +7,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from engine.request import Piece
 from server.app import create_app
 from server.settings import Settings
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, finished
 
 URL = "/v1/completions"
 
@@ -116,6 +117,15 @@ def test_metrics_count_a_completion():
     assert samples["infmoe_ready",] == 1
     assert samples["infmoe_queue_depth",] == samples["infmoe_running",] == 0
     assert not any("secret" in str(key) for key in samples)
+
+
+def test_text_that_was_held_back_is_no_token_of_its_own():
+    def script(request):
+        return [Piece("a", (1,)), Piece("", (2,)), Piece("b", ()), finished(request)]
+
+    client = client_of(FakeEngine(script))
+    client.post(URL, json={"prompt": "a"})
+    assert samples_of(client)["infmoe_inter_token_seconds_count",] == 1
 
 
 def test_metrics_while_loading():

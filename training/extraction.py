@@ -22,7 +22,7 @@ PARTS = frozenset({"p", "div", "pre", "blockquote", "body", "section", "nav", "s
 BLOCK_TAGS = LISTS | HEADINGS | PARTS
 
 
-class CorpusError(RuntimeError):
+class CorpusError(OSError):
     """A package could not be fetched or holds no usable text."""
 
 

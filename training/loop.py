@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.checkpoint_writer import VOCABULARY_FILES, sync
+from engine.config import TokenizerKind
 from engine.model.moe import assign_greedy
 from engine.model.transformer import Transformer, initialize
 from engine.tokenizer import Tokenizer, open_tokenizer
@@ -29,7 +32,6 @@ from training.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("vocab.txt", "spiece.model")
 EVAL_SEED = 20210624  # validation batches are the same for all runs
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -59,7 +61,7 @@ def open_data(recipe: Recipe, on_prepare: OnPrepare | None = None) -> TrainingDa
         raise ValueError(
             f"{folder} names {tokenizer.vocab_size} tokens; vocab_size is only {config.vocab_size}"
         )
-    key = _tokenizer_key(folder)
+    key = _tokenizer_key(folder, config.tokenizer)
 
     def shards(names: list[str]) -> list[Shard]:
         opened = []
@@ -88,12 +90,10 @@ def open_data(recipe: Recipe, on_prepare: OnPrepare | None = None) -> TrainingDa
     )
 
 
-def _tokenizer_key(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
+def _tokenizer_key(folder: Path, kind: TokenizerKind) -> str:
+    """Tells tokenizers apart; that of bytes reads no file."""
+    name = VOCABULARY_FILES.get(kind)
+    return hashlib.sha256(b"" if name is None else (folder / name).read_bytes()).hexdigest()
 
 
 def _objective(recipe: Recipe, tokenizer: Tokenizer, continuation_share: float) -> Objective:
@@ -118,9 +118,13 @@ class Metrics:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # no torn last one
             self.rows = [row for row in rows if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""
@@ -187,7 +191,8 @@ def train(
     Leaves `recipe.json`, `metrics.jsonl`, `loss.png` and `state.safetensors` in the run folder. A
     resumed run meets the same batches, rates and states, so its losses equal those of an
     uninterrupted one.
-    Raises FloatingPointError if the loss is no longer a number.
+    Raises FloatingPointError if the loss or a gradient is no longer a number, ValueError if the run
+    folder holds the state of another recipe.
     """
     settings = recipe.train
     run.mkdir(parents=True, exist_ok=True)
@@ -207,9 +212,10 @@ def train(
         numbers = range(step * settings.accumulation, (step + 1) * settings.accumulation)
         batches = [data.train.batch(settings.seed, number) for number in numbers]
         loss, norm = train_step(model, optimizer, batches, recipe)
-        if not loss < float("inf"):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"loss is {loss} at step {step}: lower learning_rate, or set precision to fp32"
+                f"loss is {loss}, gradient norm {norm} at step {step}: lower learning_rate, "
+                "or set precision to fp32"
             )
         tokens = sum(int((batch.encoder_segments_BS > 0).sum()) for batch in batches)
         tokens += sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches)
@@ -228,6 +234,7 @@ def train(
             }
         metrics.add(row)
         if done % settings.checkpoint_every == 0 or done == settings.steps:
+            sync(metrics.path)  # before the state that relies on it
             save_state(run, done, model, optimizer)
             plot_losses(metrics.rows, run / "loss.png")
         if on_step:

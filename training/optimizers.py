@@ -9,7 +9,10 @@ from training.recipe import TrainRecipe
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """AdamW, or Adafactor, which scales by each parameter's size; norms do not decay."""
+    """AdamW, or Adafactor, which scales by each parameter's size.
+
+    Vectors do not decay: the norms, but for those of experts, which are stacked to matrices.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},

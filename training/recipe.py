@@ -1,5 +1,6 @@
 """A training run as a TOML file; unknown keys and impossible values are errors."""
 
+import math
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -23,8 +24,8 @@ class SourceRecipe:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"weight is {self.weight}; it must be above 0")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight is {self.weight}; it must be above 0, and finite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +93,10 @@ class TrainRecipe:
         for name in ("warmup", "decay", "balanced_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1 (a share)")
-        if not self.learning_rate > 0 or not self.clip > 0 or self.weight_decay < 0:
+        if not 0 < self.learning_rate < math.inf or not self.clip > 0 or not self.weight_decay >= 0:
             raise ConfigError("learning_rate and clip must be above 0, weight_decay not below 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +131,13 @@ def read_recipe(path: Path) -> Recipe:
     if set(tables) != {"model", "data", "train"}:
         raise ConfigError(f"{path}: tables are {sorted(tables)}; needed: model, data, train")
     try:
-        data = dict(tables["data"])
+        model, data = (_check_table(tables[name], name) for name in ("model", "data"))
         sources = data.pop("sources", [])
+        if not isinstance(sources, list):
+            raise ConfigError("data.sources is no list; write [[data.sources]]")
         data["sources"] = tuple(_build(SourceRecipe, item, "data.sources") for item in sources)
         return Recipe(
-            model=config_from_dict(tables["model"]),
+            model=config_from_dict(model),
             data=_build(DataRecipe, data, "data"),
             train=_build(TrainRecipe, tables["train"], "train"),
             folder=path.parent,
@@ -141,7 +146,14 @@ def read_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _build(kind: type[T], values: dict[str, Any], table: str) -> T:
+def _check_table(values: object, name: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} is {values!r}; expected a table [{name}]")
+    return dict(values)
+
+
+def _build(kind: type[T], values: object, table: str) -> T:
+    values = _check_table(values, table)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known.keys()):
         raise ConfigError(

@@ -3,13 +3,24 @@
 import numpy as np
 
 from training.shards import Shard
-from training.span_corruption import Batch, Example, Objective, Packer, continue_text, corrupt_spans
+from training.span_corruption import (
+    Batch,
+    Example,
+    Objective,
+    Packer,
+    continue_text,
+    corrupt_spans,
+    count_noise,
+)
 
 MISSES_BEFORE_FULL = 48  # examples in a row that find no room before a batch counts as full
 
 
 class Sampler:
-    """Draws windows of documents, source by source in proportion to the weights, and packs them."""
+    """Draws windows of documents, source by source in proportion to the weights, and packs them.
+
+    Raises ValueError if the targets of a whole window do not fit `target_length`.
+    """
 
     def __init__(
         self,
@@ -22,6 +33,12 @@ class Sampler:
         target_length: int,
         window: int,
     ) -> None:
+        needed = sum(count_noise(window, objective)) + 1  # and the closing sentinel
+        if needed > target_length:
+            raise ValueError(
+                f"the spans of {window} tokens make {needed} targets, target_length is "
+                f"{target_length}: raise it, or lower window or density"
+            )
         self.shards = shards
         self.shares = np.array(weights) / sum(weights)
         self.objective = objective

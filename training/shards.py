@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.checkpoint_writer import sync
 from engine.tokenizer import Tokenizer
 from training.span_corruption import Ids
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MIN_DOCUMENT_TOKENS = 10  # CPM-2 drops shorter ones
 FORMAT_VERSION = 1
+SHARD_FILES = ("tokens.npy", "offsets.npy", "shard.json")
 
 
 class Shard:
@@ -59,11 +61,11 @@ def read_shard(directory: Path) -> Shard:
     try:
         tokens = np.load(directory / "tokens.npy", mmap_mode="r", allow_pickle=False)
         offsets = np.load(directory / "offsets.npy", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"{directory}: not a readable shard ({error}); delete it to make it again"
         ) from error
-    if tokens.ndim != 1 or int(offsets[-1]) != len(tokens):
+    if tokens.ndim != 1 or offsets.ndim != 1 or offsets[-1:].tolist() != [len(tokens)]:
         raise ValueError(f"{directory}: tokens and offsets disagree; delete it to make it again")
     return Shard(tokens, offsets)
 
@@ -88,6 +90,7 @@ def prepare_shard(
 
     `on_progress` is called with bytes done and bytes in all. A shard is stale when the file's size
     or modification time or the tokenizer's key differ from those it was made with.
+    Raises ValueError if the text has no documents or is not UTF-8, or something is in the way.
     """
     status = text.stat()
     made_of = {
@@ -97,9 +100,11 @@ def prepare_shard(
         "modified_ns": status.st_mtime_ns,
         "tokenizer": tokenizer_key,
     }
-    if (directory / "shard.json").exists():
-        if json.loads((directory / "shard.json").read_text(encoding="utf-8")) == made_of:
+    if directory.exists():
+        if _read_origin(directory) == made_of:
             return read_shard(directory)
+        if foreign := {path.name for path in directory.iterdir()} - set(SHARD_FILES):
+            raise ValueError(f"{directory}: holds {min(foreign)}, which is no part of a shard")
         logger.info("%s is stale and is made again", directory)
         shutil.rmtree(directory)
     partial = directory.with_name(directory.name + ".partial")
@@ -109,8 +114,17 @@ def prepare_shard(
     np.save(partial / "tokens.npy", tokens)
     np.save(partial / "offsets.npy", offsets)
     (partial / "shard.json").write_text(json.dumps(made_of), encoding="utf-8")
+    sync(*partial.iterdir(), partial)
     partial.replace(directory)
     return read_shard(directory)
+
+
+def _read_origin(directory: Path) -> object:
+    """What a shard was made of; None if a kill or a power cut has left that in pieces."""
+    try:
+        return json.loads((directory / "shard.json").read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def _encode_file(
@@ -124,11 +138,14 @@ def _encode_file(
     def read_lines() -> Iterator[str]:
         nonlocal done
         with text.open("rb") as file:
-            for raw in file:
+            for number, raw in enumerate(file, 1):
                 done += len(raw)
                 if on_progress:
                     on_progress(done, size)
-                yield raw.decode("utf-8")
+                try:
+                    yield raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{text}:{number}: not UTF-8 ({error.reason})") from error
 
     for ids in encode_documents(read_lines(), tokenizer):
         chunks.append(np.array(ids, dtype))

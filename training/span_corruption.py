@@ -53,9 +53,11 @@ class Objective:
     continuation_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if len(self.sentinel_ids) < 2:
+            raise ValueError(f"the vocabulary has {len(self.sentinel_ids)} sentinels; 2 are needed")
         if not 0 < self.density < 1:
             raise ValueError(f"density is {self.density}; it must lie between 0 and 1")
-        if self.mean_span < 1:
+        if not self.mean_span >= 1:
             raise ValueError(f"mean_span is {self.mean_span}; it must be at least 1 token")
         if not 0 <= self.continuation_share <= 1:
             raise ValueError(f"continuation_share is {self.continuation_share}; allowed: 0 to 1")
@@ -67,6 +69,13 @@ def span_lengths(total: int, parts: int, rng: np.random.Generator) -> Ids:
     return np.diff(cuts, prepend=0, append=total)
 
 
+def count_noise(length: int, objective: Objective) -> tuple[int, int]:
+    """How many tokens of a document are taken out, and in how many spans."""
+    noise = min(max(round(length * objective.density), 1), length)
+    limit = min(len(objective.sentinel_ids) - 1, noise, length - noise + 1)
+    return noise, min(max(round(noise / objective.mean_span), 1), limit)
+
+
 def corrupt_spans(document: Ids, objective: Objective, rng: np.random.Generator) -> Example:
     """Replace random spans by sentinels.
 
@@ -76,11 +85,8 @@ def corrupt_spans(document: Ids, objective: Objective, rng: np.random.Generator)
     Spans never touch; unlike T5's they may lie anywhere, so text before the first and after the
     last may be empty or not. A document of one token is all span.
     """
-    length = len(document)
-    noise = min(max(round(length * objective.density), 1), length)
-    kept = length - noise
-    limit = min(len(objective.sentinel_ids) - 1, noise, kept + 1)
-    spans = min(max(round(noise / objective.mean_span), 1), limit)
+    noise, spans = count_noise(len(document), objective)
+    kept = len(document) - noise
     noise_lengths = span_lengths(noise, spans, rng)
     text_lengths = span_lengths(kept + 2, spans + 1, rng)
     text_lengths[[0, -1]] -= 1  # so that both ends may be empty

@@ -1,7 +1,6 @@
 """The state of a run on disk: weights, optimiser, step; safetensors only, written atomically."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -9,34 +8,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.checkpoint_writer import sync
+
 STATE_FILE = "state.safetensors"
 
 
 def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write the state after `step` steps, replacing the last one."""
+    facts = {"step": step, "optimizer": type(optimizer).__name__}
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in values.items()}
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     partial = run / (STATE_FILE + ".partial")
-    save_file(contiguous, partial, metadata={"infmoe": json.dumps({"step": step})})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    save_file(contiguous, partial, metadata={"infmoe": json.dumps(facts)})
+    sync(partial)
     partial.replace(run / STATE_FILE)
+    sync(run)
 
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore a run; returns the number of steps done, 0 if there is no state yet.
 
-    Raises ValueError if the state is damaged or belongs to another model.
+    Raises ValueError if the state is damaged or belongs to another model or optimiser.
     """
     path = run / STATE_FILE
     if not path.exists():
         return 0
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(json.loads(file.metadata()["infmoe"])["step"])
+            facts = json.loads(file.metadata()["infmoe"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step, kind = int(facts["step"]), type(optimizer).__name__
+        if facts.get("optimizer", kind) != kind:
+            raise ValueError(f"it was made by {facts['optimizer']}, the recipe has {kind}")
         model.load_state_dict(_part(tensors, "model."))
         template = optimizer.state_dict()
         template["state"] = _optimizer_state(_part(tensors, "optimizer."))

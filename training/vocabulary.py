@@ -7,8 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jieba
-
+from engine.tokenizer_cpm2 import load_segmenter
 from training.corpus import NEWLINE_MARK
 from training.extraction import common_characters
 
@@ -78,8 +77,9 @@ def sample_lines(files: Sequence[Path], sample_bytes: int) -> Iterator[str]:
 def count_segments(documents: Iterable[str]) -> Counter[str]:
     """Count jieba's segments, without those of white space."""
     counts: Counter[str] = Counter()
+    segment = load_segmenter()
     for document in documents:
-        counts.update(jieba.cut(document.replace(NEWLINE_MARK, "\n"), cut_all=False))
+        counts.update(segment(document.replace(NEWLINE_MARK, "\n")))
     return Counter({text: count for text, count in counts.items() if not text.isspace()})
 
 

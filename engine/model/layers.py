@@ -87,10 +87,7 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention sublayer without the 1/sqrt(K) scale (the T5 convention).
-
-    X + O(attend(norm(x))).
-    """
+    """The self-attention sublayer: x + out(attend(norm(x))), without the 1/sqrt(K) scale, as T5."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -157,10 +154,7 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tens
 
 
 def mask_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask.
-
-    0 where visible, the lowest finite number elsewhere (no NaN in rows without any key).
-    """
+    """Additive mask: 0 where visible, else the lowest finite number (no NaN in a row of no key)."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
@@ -174,10 +168,7 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.num_heads))
 
     def forward(self, query_pos: Tensor, key_pos_S: Tensor) -> Tensor:
-        """Bias for query positions (T,) or (B, T) and key positions (S,).
-
-        (H, T, S) or (B, H, T, S).
-        """
+        """Bias (H, T, S) or (B, H, T, S) of query positions (T,) or (B, T), key positions (S,)."""
         relative = key_pos_S - query_pos.unsqueeze(-1)
         buckets = relative_buckets(
             relative, self.weight.shape[0], self.max_distance, bidirectional=self.bidirectional
