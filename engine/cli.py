@@ -83,7 +83,7 @@ def tokenize(
 
 def convert(
     src: Annotated[Path, typer.Argument(help="CPM-2 rank files, Hugging Face or native.")],
-    dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    dst: Annotated[Path, typer.Argument(help="Directory to write; an older model is replaced.")],
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
     vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
 ) -> None:
@@ -141,7 +141,7 @@ def inspect_model(
 
 
 def make_random(
-    dst: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    dst: Annotated[Path, typer.Argument(help="Directory to write; an older model is replaced.")],
     d_model: Annotated[int, typer.Option(help="Model width; a multiple of 64.")] = 1024,
     d_ff: Annotated[int, typer.Option(help="Feed-forward width.")] = 2560,
     layers: Annotated[int, typer.Option(help="Layers of each stack.")] = 6,

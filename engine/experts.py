@@ -151,7 +151,11 @@ def load_offloaded(
     source = open_native(directory)
     dtype = dtype or source.dtype
     experts = open_offloaded(directory, source.config, dtype, budget_bytes, on_preload)
-    return load_model(directory, dtype, experts), experts
+    try:
+        return load_model(directory, dtype, experts), experts
+    except CheckpointError:
+        experts.close()
+        raise
 
 
 def _close(stores: dict[str, ExpertStore]) -> None:

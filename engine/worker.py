@@ -11,11 +11,13 @@ from typing import Literal
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, EngineStopped, Overloaded
+from engine.experts import OffloadedExperts
 from engine.generation import generate
 from engine.model.transformer import Transformer
 from engine.prompt import check_tokenizer
 from engine.request import Event, Failed, Finished, Request
 from engine.tokenizer import Tokenizer
+from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class LoadedModel:
 
     model: Transformer
     tokenizer: Tokenizer
+    experts: OffloadedExperts | None = None  # None: all are resident
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config)
@@ -42,6 +45,7 @@ class EngineStats:
     requests: int
     prompt_tokens: int
     completion_tokens: int
+    experts: PipelineStats | None  # None: all experts are resident
 
 
 class Ticket:
@@ -152,7 +156,11 @@ class Worker:
         """A snapshot of counts and load."""
         with self._changed:
             queued = sum(not ticket.cancelled.is_set() for ticket in self._waiting)
-            return EngineStats(queued, int(self._running is not None), **self._counts)
+            offloaded = self._loaded.experts if self._loaded else None
+            experts = offloaded.stats if offloaded else None
+            return EngineStats(
+                queued, int(self._running is not None), **self._counts, experts=experts
+            )
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, finish those accepted, end the thread. Blocks.

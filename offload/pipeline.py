@@ -106,7 +106,8 @@ class ExpertPipeline:
         try:
             arrival.wait()
         except BaseException:
-            self._table.drop(key)  # what is in the slot is not the expert
+            arrival.cancel()  # nobody may write to a slot that is given away
+            self._table.drop(key)  # what is in it is not the expert
             raise
         self._count(stall_s=perf_counter() - began, read_bytes=self._slot_bytes)
 

@@ -1,10 +1,13 @@
 """Prometheus metrics of one server, on a registry of its own."""
 
 import time
+from collections.abc import Iterator
 
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from engine.request import Event, Failed, Finished, Piece
 from server.protocol import Engine
@@ -58,6 +61,29 @@ class Metrics:
         }
         for name, (text, read) in live.items():
             Gauge(name, text, registry=self.registry).set_function(read)
+        self.registry.register(ExpertCollector(engine))
+
+
+class ExpertCollector(Collector):
+    """Counts of offloaded experts, which the engine keeps; nothing where all are resident."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counts as they are now."""
+        stats = self._engine.stats().experts
+        if stats is None:
+            return
+        counts = {
+            "infmoe_expert_hits": ("Wanted experts found in memory", stats.hits),
+            "infmoe_expert_misses": ("Wanted experts read from disk", stats.misses),
+            "infmoe_expert_evictions": ("Experts that made room", stats.evictions),
+            "infmoe_expert_read_bytes": ("Bytes of experts read from disk", stats.read_bytes),
+            "infmoe_expert_stall_seconds": ("Time spent waiting for experts", stats.stall_s),
+        }
+        for name, (text, value) in counts.items():
+            yield CounterMetricFamily(name, text, value=value)
 
 
 class Meter:

@@ -10,8 +10,26 @@ from engine.tokenizer import Tokenizer
 EngineState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
 
 
+class ExpertStats(Protocol):
+    """Counts of offloaded experts since the start. Bytes read from disk, seconds waited."""
+
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def read_bytes(self) -> int: ...
+    @property
+    def stall_s(self) -> float: ...
+
+
 class EngineStats(Protocol):
-    """A snapshot of the load: requests that wait, requests that run."""
+    """A snapshot of the load: requests that wait, requests that run, offloaded experts if any."""
+
+    @property
+    def experts(self) -> ExpertStats | None: ...
 
     @property
     def queued(self) -> int: ...

@@ -4,15 +4,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from engine.errors import ConfigError
+from engine.units import parse_bytes
 
 ENV_PREFIX = "INFMOE_"
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+ByteSize = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value)))]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -24,6 +26,7 @@ class Settings(BaseSettings):
 
     model: Path | None = None
     dtype: DtypeName | None = None
+    expert_memory: ByteSize | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     max_queue: Count = 256

@@ -12,6 +12,7 @@ from engine.config import ModelConfig
 from engine.errors import EngineStopped, Overloaded
 from engine.request import Event, Failed, Finished, FinishReason, Piece, Request
 from engine.tokenizer import ByteTokenizer
+from offload.pipeline import PipelineStats
 from server.app import create_app
 from server.lifecycle import open_socket
 from server.settings import Settings
@@ -62,6 +63,7 @@ def hello(request: Request) -> list[Event | Exception | Hold]:
 class FakeStats:
     queued: int
     running: int
+    experts: PipelineStats | None
 
 
 class FakeStream:
@@ -119,6 +121,7 @@ class FakeEngine:
         self.state = "ready"
         self.phase = "ready"
         self.failure: str | None = None
+        self.experts: PipelineStats | None = None
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.held = threading.Event()
@@ -148,7 +151,7 @@ class FakeEngine:
             stream.release()
 
     def stats(self) -> FakeStats:
-        return FakeStats(queued=0, running=len(self._streams))
+        return FakeStats(queued=0, running=len(self._streams), experts=self.experts)
 
     def drain(self, timeout_s: float) -> bool:
         self.state = "draining"

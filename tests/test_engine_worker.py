@@ -5,7 +5,9 @@ from time import perf_counter
 
 import pytest
 
+from engine.checkpoint import save_model
 from engine.errors import CheckpointError, EngineStopped, Overloaded, TokenizerError
+from engine.experts import load_offloaded
 from engine.generation import generate
 from engine.prompt import build_request
 from engine.request import Failed, Finished, Piece, Request, SamplingParams
@@ -93,6 +95,28 @@ def test_every_one_of_many_requests_ends_in_finished():
         return await asyncio.gather(*map(collect, streams))
 
     assert all(isinstance(events[-1], Finished) for events in run(scenario()))
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_offloaded_experts_are_counted(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+
+    def load_with_budget(report):
+        model, experts = load_offloaded(tmp_path / "m", None, 60_000)
+        return LoadedModel(model, TOKENIZER, experts)
+
+    worker = Worker("tiny", load_with_budget)
+    assert worker.stats().experts is None
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=6, temperature=1.0, seed=3)))
+
+    events = run(scenario())
+    expected = generate(tiny_model(), TOKENIZER, request(max_tokens=6, temperature=1.0, seed=3))
+    assert events[:-1] == list(expected)[:-1]
+    assert worker.stats().experts.misses > 0
     assert worker.drain(TIMEOUT_S)
 
 

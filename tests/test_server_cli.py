@@ -167,6 +167,7 @@ def test_misspelt_setting_is_refused(monkeypatch):
         ({"port": 70_000}, "setting port"),
         ({"drain_s": float("inf")}, "setting drain_s"),
         ({"log_level": "loud"}, "setting log_level"),
+        ({"expert_memory": "lots"}, "setting expert_memory: 'lots' is no size in bytes"),
         ({"nothing": 1}, "setting nothing"),
         ({"max_queue": 2, "max_choices": 3}, "max_choices 3 exceeds max_queue 2"),
     ],

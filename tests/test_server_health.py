@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from engine.request import Piece
+from offload.pipeline import PipelineStats
 from server.app import create_app
 from server.settings import Settings
 from tests.fakes import FakeEngine, finished
@@ -95,6 +96,22 @@ def samples_of(client):
     samples = [sample for family in families for sample in family.samples]
     assert all(sample.name.startswith("infmoe_") for sample in samples)
     return {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+
+
+def test_metrics_tell_of_offloaded_experts_only_where_there_are_some():
+    engine = FakeEngine()
+    client = client_of(engine)
+    assert not [name for name, *_ in samples_of(client) if "expert" in name]
+    engine.experts = PipelineStats(hits=3, misses=2, evictions=1, read_bytes=8192, stall_s=0.5)
+    samples = samples_of(client)
+    counts = {name: value for (name, *_), value in samples.items() if "expert" in name}
+    assert counts == {
+        "infmoe_expert_hits_total": 3,
+        "infmoe_expert_misses_total": 2,
+        "infmoe_expert_evictions_total": 1,
+        "infmoe_expert_read_bytes_total": 8192,
+        "infmoe_expert_stall_seconds_total": 0.5,
+    }
 
 
 def test_metrics_count_a_completion():
