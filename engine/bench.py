@@ -6,18 +6,26 @@ limit.
 """
 
 import json
+import mmap
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
+from engine.checkpoint_writer import expert_file
 from engine.convert import count_parameters, load_any
+from engine.experts import OffloadedExperts, load_offloaded
 from engine.model.transformer import Transformer
+from offload.pipeline import PipelineStats
 
 REPEATS = 5
+DISK_PROBE_S = 2.0
+BLOCK_BYTES = 8 * 2**20
 READ_BYTES = 2**28
 
 
@@ -37,10 +45,10 @@ def timed(work: Callable[[], object]) -> float:
 class DecodeBench:
     """One request of fixed lengths with random ids, decoded greedily."""
 
-    def __init__(self, model: Transformer, source_length: int, num_tokens: int) -> None:
+    def __init__(self, model: Transformer, source_length: int, num_tokens: int, seed: int) -> None:
         self.model = model
         self.num_tokens = num_tokens
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         high = model.config.vocab_size
         self.source = torch.randint(0, high, (1, source_length), generator=generator)
         self.ones = torch.ones_like(self.source)
@@ -72,39 +80,115 @@ class DecodeBench:
         return tokens[:, 1:]
 
 
+class Sample(NamedTuple):
+    """Seconds and offloading counts of one text."""
+
+    encode_s: float
+    cached_s: float
+    recomputed_s: float
+    is_equal: bool
+    decoding: PipelineStats
+
+
 @torch.inference_mode()
 def run_bench(
-    path: Path, dtype: torch.dtype | None, source_length: int, num_tokens: int
+    path: Path,
+    dtype: torch.dtype | None,
+    source_length: int,
+    num_tokens: int,
+    expert_memory: int | None = None,
 ) -> dict[str, object]:
-    """Measure a model directory: medians with minimum and maximum, one warm-up, REPEATS repeats."""
-    model = load_any(path, dtype)
-    bench = DecodeBench(model, source_length, num_tokens)
-    hidden = bench.encode()
-    same = bool((bench.cached(hidden) == bench.recomputed(hidden)).all())  # warms both up
-    encode_s = [timed(bench.encode) for _ in range(REPEATS)]
-    pairs = [
-        (timed(lambda: bench.cached(hidden)), timed(lambda: bench.recomputed(hidden)))
-        for _ in range(REPEATS)
-    ]
-    rates = [num_tokens / cached for cached, _ in pairs]
-    ratios = [recomputed / cached for cached, recomputed in pairs]
+    """Measure a model directory: medians with minimum and maximum over REPEATS texts, one warm-up.
+
+    With `expert_memory` (bytes) the experts are offloaded, and decoding is also held against what
+    the disk gives when it is read in order.
+    """
+    experts = None
+    if expert_memory is None:
+        model = load_any(path, dtype)
+    else:
+        model, experts = load_offloaded(path, dtype, expert_memory)
+    samples = [
+        measure(DecodeBench(model, source_length, num_tokens, seed), experts)
+        for seed in range(REPEATS + 1)
+    ][1:]
+    rates = [num_tokens / sample.cached_s for sample in samples]
     weights = decoder_bytes(model)
     bandwidth = memory_bandwidth()
-    return {
+    report = {
         "model": path.name,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "source_tokens": source_length,
         "decoded_tokens": num_tokens,
-        "encode_ms": spread([1000 * s for s in encode_s]),
+        "encode_ms": spread([1000 * sample.encode_s for sample in samples]),
         "decode_tokens_per_s": spread(rates),
-        "speedup_over_recomputing": spread(ratios),
-        "tokens_equal": same,
+        "speedup_over_recomputing": spread([s.recomputed_s / s.cached_s for s in samples]),
+        "tokens_equal": all(sample.is_equal for sample in samples),
         "active_decoder_bytes": weights,
-        "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "memory_gb_per_s": round(bandwidth / 1e9, 2),
         "share_of_memory_limit": round(statistics.median(rates) * weights / bandwidth, 4),
     }
+    if experts is None:
+        return report
+    with experts:
+        return report | offload_report(path, experts, samples, num_tokens)
+
+
+def measure(bench: DecodeBench, experts: OffloadedExperts | None) -> Sample:
+    """Time one text."""
+    hidden = bench.encode()
+    encode_s = timed(bench.encode)
+    before = experts.stats if experts else PipelineStats()
+    began = perf_counter()
+    cached = bench.cached(hidden)
+    cached_s = perf_counter() - began
+    after = experts.stats if experts else PipelineStats()
+    began = perf_counter()
+    recomputed = bench.recomputed(hidden)
+    recomputed_s = perf_counter() - began
+    is_equal = torch.equal(cached, recomputed)
+    return Sample(encode_s, cached_s, recomputed_s, is_equal, after - before)
+
+
+def offload_report(
+    path: Path, experts: OffloadedExperts, samples: list[Sample], num_tokens: int
+) -> dict[str, object]:
+    """What offloading cost while decoding, and the share of the disk's speed that it reached."""
+    disk = disk_bandwidth(path / expert_file("decoder-0"))
+    shares = [s.decoding.read_bytes / disk / s.cached_s for s in samples]
+    return {
+        "expert_slots": experts.plan.num_slots,
+        "experts": experts.plan.num_experts,
+        "slot_bytes": experts.plan.slot_bytes,
+        "pinned": len(experts.plan.pinned),
+        "hit_rate": spread([s.decoding.hit_rate for s in samples]),
+        "read_bytes_per_token": round(
+            statistics.median(s.decoding.read_bytes for s in samples) / num_tokens
+        ),
+        "stall_share": spread([s.decoding.stall_s / s.cached_s for s in samples]),
+        "disk_gb_per_s": round(disk / 1e9, 2),
+        "share_of_disk_limit": spread(shares),
+    }
+
+
+def disk_bandwidth(path: Path) -> float:
+    """Bytes per second that reading a file in order gives, past the page cache where that works."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        file = os.open(path, os.O_RDONLY)
+    try:
+        block = mmap.mmap(-1, BLOCK_BYTES)  # page-aligned, as direct reads ask for
+        began, offset, done = perf_counter(), 0, 0
+        while perf_counter() - began < DISK_PROBE_S:
+            read = os.preadv(file, [block], offset)
+            done += read
+            offset = offset + read if read == BLOCK_BYTES else 0
+        return done / (perf_counter() - began)
+    finally:
+        os.close(file)
 
 
 def decoder_bytes(model: Transformer) -> int:

@@ -182,9 +182,14 @@ def bench(
     source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 128,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 64,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Offload experts to disk; hold this much of them: 1.5GiB.")
+    ] = None,
 ) -> None:
     """Measure decoding against recomputing without a cache, and against the memory bandwidth."""
     from engine.bench import print_report, run_bench
     from engine.model.dtypes import parse_dtype
+    from engine.units import parse_bytes
 
-    print_report(run_bench(model, parse_dtype(dtype), source_tokens, decode_tokens))
+    budget = None if expert_memory is None else parse_bytes(expert_memory)
+    print_report(run_bench(model, parse_dtype(dtype), source_tokens, decode_tokens, budget))

@@ -25,6 +25,16 @@ class PipelineStats:
     read_bytes: int = 0
     stall_s: float = 0.0
 
+    def __sub__(self, earlier: "PipelineStats") -> "PipelineStats":
+        """What was counted since an earlier snapshot."""
+        return PipelineStats(
+            hits=self.hits - earlier.hits,
+            misses=self.misses - earlier.misses,
+            evictions=self.evictions - earlier.evictions,
+            read_bytes=self.read_bytes - earlier.read_bytes,
+            stall_s=self.stall_s - earlier.stall_s,
+        )
+
     @property
     def hit_rate(self) -> float:
         """Share of wanted experts that were there; 0 before the first."""

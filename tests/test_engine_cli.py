@@ -117,6 +117,18 @@ def test_bench_ends_in_one_json_line(capsys, model_dir):
     assert report["active_decoder_bytes"] == 4 * (2 * (layer - 32) + final + 384 * 32)
 
 
+def test_bench_of_offloaded_experts_tells_what_the_disk_did(capsys, model_dir):
+    options = ["--source-tokens", 8, "--decode-tokens", 4, "--expert-memory", "100KB"]
+    code, out, _ = run(capsys, "bench", model_dir, *options)
+    report = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert report["tokens_equal"] is True
+    assert (report["expert_slots"], report["experts"], report["pinned"]) == (4, 16, 2)
+    assert 0 <= report["hit_rate"]["median"] < 1
+    assert report["share_of_disk_limit"]["median"] > 0
+    assert report["read_bytes_per_token"] % 1 == 0
+
+
 def truncate(directory: Path) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

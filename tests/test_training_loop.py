@@ -15,7 +15,7 @@ from engine.errors import ConfigError, TokenizerError
 from engine.model.moe import assign_greedy
 from engine.model.transformer import Transformer, initialize
 from server.__main__ import main
-from training.evaluate import evaluate_fill, unigram_log_probs
+from training.evaluate import FillReport, evaluate_fill, unigram_log_probs
 from training.loop import open_data, train, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.progress import PrepareProgress, TrainProgress
@@ -320,6 +320,14 @@ def test_the_fill_report_counts_span_tokens_only(recipe_file):
     assert report.unigram_loss == pytest.approx(base / count, rel=1e-4)
     assert report.perplexity == pytest.approx(2.718281828**report.loss)
     assert report.unigram_perplexity == pytest.approx(2.718281828**report.unigram_loss)
+
+
+def test_the_fill_report_says_it_in_a_line():
+    report = FillReport(2.0, 0.25, 5.0, 0.125, 1000)
+    assert report.summary() == (
+        "span filling, 1,000 validation tokens: loss 2.000 (perplexity 7), accuracy 25.0%; "
+        "unigram baseline: loss 5.000 (perplexity 148), accuracy 12.5%"
+    )
 
 
 def test_nothing_to_evaluate_is_an_error(recipe_file):

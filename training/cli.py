@@ -30,7 +30,7 @@ def train(
     import torch
 
     from engine.checkpoint import find_tokenizer_files, save_model
-    from training.loop import open_data
+    from training.loop import evaluate, open_data
     from training.loop import train as run_training
     from training.progress import PrepareProgress, TrainProgress
     from training.recipe import read_recipe
@@ -47,4 +47,5 @@ def train(
             raise ValueError(str(error)) from error
     files = find_tokenizer_files(plan.path(plan.data.tokenizer))
     save_model(model, run / "model", tokenizer_files=files.values(), dtype=torch.bfloat16)
+    typer.echo(evaluate(model, data, plan).summary(), err=True)
     typer.echo(str(run / "model"))
