@@ -286,12 +286,16 @@ def test_schedules():
     assert noam[99] == pytest.approx(0.1)
 
 
-def test_norms_do_not_decay(recipe_file):
+def test_norms_do_not_decay_those_of_experts_neither(recipe_file):
     recipe = read_recipe(recipe_file)
     model = Transformer(recipe.model)
     decaying, steady = build_optimizer(model, recipe.train).param_groups
-    assert steady["weight_decay"] == 0
-    assert all(p.ndim == 1 for p in steady["params"])
+    assert (decaying["weight_decay"], steady["weight_decay"]) == (0.01, 0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    steady_names = {names[id(p)] for p in steady["params"]}
+    assert "experts.layers.encoder-0.norm" in steady_names
+    assert all("norm" in name for name in steady_names)
+    assert not any("norm" in names[id(p)] for p in decaying["params"])
     trained = sum(p.requires_grad for p in model.parameters())
     assert len(decaying["params"]) + len(steady["params"]) == trained
 

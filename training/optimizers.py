@@ -9,14 +9,14 @@ from training.recipe import TrainRecipe
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    """AdamW, or Adafactor, which scales by each parameter's size.
-
-    Vectors do not decay: the norms, but for those of experts, which are stacked to matrices.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW, or Adafactor, which scales by each parameter's size; norms do not decay."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_norm = [name.endswith(("norm", "norm.weight")) for name, _ in trained]
+    matrices = [p for (_, p), norm in zip(trained, is_norm, strict=True) if not norm]
+    norms = [p for (_, p), norm in zip(trained, is_norm, strict=True) if norm]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
     ]
     if recipe.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=recipe.learning_rate)
