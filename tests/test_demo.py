@@ -126,3 +126,24 @@ def test_the_demo_is_a_small_mixture_of_experts(capsys):
     assert facts["config"]["num_experts"] >= 4
     assert facts["config"]["router"] == "cpm_2"
     assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 16_000_000
+
+
+@pytest.mark.slow
+def test_the_demo_serves_the_same_text_within_a_third_of_its_experts():
+    command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0"]
+    command += ["--expert-memory", "2200KB"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
+        wait_until_ready(url)
+        with openai.OpenAI(base_url=url + "/v1", api_key="unused") as opened:
+            reply = opened.completions.create(
+                model="demo", prompt=PROMPTS[0], max_tokens=16, temperature=0
+            )
+        with urllib.request.urlopen(url + "/metrics", timeout=5) as metrics:
+            text = metrics.read().decode()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0, log
+    assert reply.choices[0].text == plain(PROMPTS[0], max_tokens=16)
+    assert "experts: 7 slots for 24" in log
+    assert float(re.search(r"^infmoe_expert_misses_total (\S+)$", text, re.M)[1]) > 0

@@ -226,13 +226,13 @@ def run_client(command: list[str], folder: Path, name: str) -> str:
     except FileNotFoundError as error:
         raise CorpusError(
             f"source {name}: the program {command[0]!r} is not installed; "
-            "install it or leave this source out"
+            "install it and run the command again"
         ) from error
     except subprocess.CalledProcessError as error:
         raise CorpusError(
             f"source {name}: '{' '.join(command)}' exited with {error.returncode}: "
             f"{error.stderr.strip()[-500:]}; check the network and the client's package index "
-            "(apt-get update), or leave this source out"
+            "(apt-get update), then run the command again"
         ) from error
     return done.stdout
 
