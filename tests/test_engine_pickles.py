@@ -107,10 +107,16 @@ def test_no_tensors(tmp_path, is_zip, content, message):
 @FORMATS
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
 def test_sparse_rows_and_nested_tensors_are_refused(tmp_path, is_zip):
-    for tensor in (torch.ones(2, 2).to_sparse_csr(), torch.nested.nested_tensor([torch.ones(2)])):
-        path = save({"a": tensor}, tmp_path / "f.pt", is_zip=is_zip)
-        with pytest.raises(CheckpointError, match="a is a sparse, nested or empty tensor"):
-            load_state(path)
+    refusal = "a is a sparse, nested or empty tensor"
+    path = save({"a": torch.ones(2, 2).to_sparse_csr()}, tmp_path / "f.pt", is_zip=is_zip)
+    with pytest.raises(CheckpointError, match=refusal):
+        load_state(path)
+    # torch's old format reads the sizes of a nested tensor from the wrong bytes, whatever they hold
+    path = save(
+        {"a": torch.nested.nested_tensor([torch.ones(2)])}, tmp_path / "f.pt", is_zip=is_zip
+    )
+    with pytest.raises(CheckpointError, match=f"{refusal}|no torch file"):
+        load_state(path)
 
 
 @FORMATS
