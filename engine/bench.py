@@ -1,8 +1,9 @@
 """`infmoe bench`: how fast one request decodes, against recomputing without a cache and the memory.
 
-Decoding one token reads every weight that the token meets once, so bytes of active weights times
-tokens per second, over the bandwidth that a plain read of memory reaches, is the share of the
-limit.
+The tokens of the two ways are compared; in bf16 they may differ, because sums are rounded in
+another order. Decoding one token reads every weight that the token meets once, so bytes of active
+weights times tokens per second, over the bandwidth that a plain read of memory reaches, is the
+share of the limit.
 """
 
 import json

@@ -1,12 +1,15 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.checkpoint import save_model
 from server.__main__ import main
-from tests.tiny import MOE, tiny_model
+from tests.cpm2_files import write_rank_files
+from tests.tiny import DENSE, MOE, tiny_model
 
 
 @pytest.fixture
@@ -201,3 +204,40 @@ def test_a_damaged_model_gives_one_line_and_exit_1(capsys, model_dir, damage, na
 
 def test_the_tiny_config_is_what_the_tests_think(model_dir):
     assert json.loads((model_dir / "config.json").read_text())["d_model"] == MOE.d_model
+
+
+class Attack:
+    """Unpickled without restriction, this creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_converting_a_malicious_checkpoint_gives_one_line_and_runs_nothing(capsys, tmp_path):
+    source, target = tmp_path / "cpm2", tmp_path / "pwned"
+    (source / "7").mkdir(parents=True)
+    (source / "latest_checkpointed_iteration.txt").write_text("7")
+    torch.save({"module": Attack(target)}, source / "7" / "mp_rank_00_model_states.pt")
+    code, out, err = run(capsys, "convert", source, tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert "mp_rank_00_model_states.pt: refused" in err
+    assert err.count("\n") == 1
+    assert not target.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_converting_with_a_vocabulary_of_the_wrong_size_names_both_sizes(capsys, tmp_path):
+    config = replace(DENSE, vocab_size=128, tokenizer="cpm2_zh", eos_token_ids=(7,))
+    write_rank_files(tiny_model(config), tmp_path / "cpm2", 2)
+    marks = ["<unk>", "<s>", "</s>", "\u2583", "<sep>", "<pad>", "<mask>", "<eod>", "\u2582"]
+    vocabulary = [*marks, *(f"<s_{i}>" for i in range(20))]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    arguments = ["convert", tmp_path / "cpm2", tmp_path / "out", "--vocab", tmp_path / "vocab.txt"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 1
+    assert "29" in err
+    assert "128" in err
+    assert err.count("\n") == 1
