@@ -62,24 +62,6 @@ def test_rows_of_a_cache_may_stand_at_different_positions():
     torch.testing.assert_close(hidden[1], full[1, 2:4], atol=2e-6, rtol=1e-5)
 
 
-def test_selected_rows_of_a_cache_go_on_as_the_rows_they_were():
-    model = tiny_model()
-    source, target = random_ids(2, 5), random_ids(2, 4, seed=1)
-    segments = torch.ones_like(source)
-    cache = model.start_cache(model.encode(source, segments), segments, capacity=4)
-    model.step(target[:, :3], cache)
-    picked = cache.select(torch.tensor([1, 1]))
-    expected = model.step(target[:, 3:], cache)[1]
-    again = model.step(target[[1, 1], 3:], picked)
-    torch.testing.assert_close(again, torch.stack([expected, expected]), atol=1e-6, rtol=1e-5)
-
-
-def test_number_formats_have_short_names():
-    assert [parse_dtype(name) for name in (None, "bf16")] == [None, torch.bfloat16]
-    with pytest.raises(ValueError, match="dtype is 'int3'; allowed: fp32, bf16, fp16"):
-        parse_dtype("int3")
-
-
 def test_a_full_cache_is_an_error():
     model = tiny_model()
     source = random_ids(1, 3)

@@ -81,17 +81,6 @@ class DecoderCache:
         """Positions that each row can hold."""
         return self.self_keys[0].shape[2]
 
-    def select(self, rows: Tensor) -> "DecoderCache":
-        """A new cache of the given rows (ids, may repeat)."""
-        return DecoderCache(
-            [t[rows] for t in self.self_keys],
-            [t[rows] for t in self.self_values],
-            [t[rows] for t in self.cross_keys],
-            [t[rows] for t in self.cross_values],
-            self.cross_bias[rows],
-            self.lengths_B[rows],
-        )
-
 
 class Transformer(nn.Module):
     """CPM-2, T5 and mT5: pre-norm, RMS norm, relative positions, no biases.
