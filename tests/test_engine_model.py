@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from engine.config import CPM2_11B, CPM2_MOE_198B
+from engine.model.dtypes import parse_dtype
 from engine.model.layers import feed_forward, relative_buckets, rms_norm
 from engine.model.moe import MoELayer, ResidentExperts, assign_greedy
 from engine.model.transformer import Transformer, initialize, num_parameters
@@ -59,6 +60,12 @@ def test_rows_of_a_cache_may_stand_at_different_positions():
     hidden = model.step(both, cache)
     torch.testing.assert_close(hidden[0], full[0, 4:6], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(hidden[1], full[1, 2:4], atol=2e-6, rtol=1e-5)
+
+
+def test_number_formats_have_short_names():
+    assert [parse_dtype(name) for name in (None, "bf16")] == [None, torch.bfloat16]
+    with pytest.raises(ValueError, match="dtype is 'int3'; allowed: fp32, bf16, fp16"):
+        parse_dtype("int3")
 
 
 def test_a_full_cache_is_an_error():
