@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from offload.errors import StoreError
-from offload.store import BlobLayout
+from offload.layout import BlobLayout
 
 Shape = tuple[int, ...]
 

@@ -28,7 +28,8 @@ from engine.config import ModelConfig, TokenizerKind, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
 from offload.errors import StoreError
-from offload.store import BlobLayout, create_store, make_layout, open_store
+from offload.layout import BlobLayout, make_layout
+from offload.store import create_store, open_store
 
 CONFIG = "config.json"
 MANIFEST = "conversion.json"

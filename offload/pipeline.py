@@ -1,38 +1,54 @@
 """Experts on their way to the computation: residents at once, the others as they arrive."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from time import perf_counter
+from typing import NamedTuple
 
-from offload.device import Arrival, Bytes, Device
-from offload.slots import Key, SlotTable
+from offload.bank import HostBank
+from offload.device import Arrival, Blob, Bytes, Device, IsCancelled
+from offload.lookahead import Lookahead
+from offload.planner import ExpertPlan
+from offload.slots import Key, SlotTable, Zone
 
-Read = Callable[[Key, Bytes], object]
+Read = Callable[[Key, Bytes, IsCancelled], object]
+
+
+class Guess(NamedTuple):
+    """The experts that the next layer will probably want, the likeliest to matter first."""
+
+    layer: str
+    experts: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineStats:
     """Counts since the start.
 
-    Experts found in a slot or read, bytes read, seconds spent waiting.
+    `hits` were in a slot when they were wanted, `misses` were not: `host_loads` of them came from
+    host memory, the others from disk. `prefetched` were fetched on a guess, which `prefetch_used`
+    of them repaid so far and `prefetch_wasted` never will. `stall_s` is the time that the host
+    waited for experts.
     """
 
     hits: int = 0
     misses: int = 0
+    host_loads: int = 0
     evictions: int = 0
     read_bytes: int = 0
+    copied_bytes: int = 0
     stall_s: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
 
     def __sub__(self, earlier: "PipelineStats") -> "PipelineStats":
         """What was counted since an earlier snapshot."""
+        names = (field.name for field in fields(self))
         return PipelineStats(
-            hits=self.hits - earlier.hits,
-            misses=self.misses - earlier.misses,
-            evictions=self.evictions - earlier.evictions,
-            read_bytes=self.read_bytes - earlier.read_bytes,
-            stall_s=self.stall_s - earlier.stall_s,
+            **{name: getattr(self, name) - getattr(earlier, name) for name in names}
         )
 
     @property
@@ -44,98 +60,185 @@ class PipelineStats:
 class ExpertPipeline:
     """Streams the wanted experts of a layer through the slots of a device. For one thread only.
 
-    Reads of the misses begin at once, as far as slots are to be had, while the residents compute;
-    the slot of an expert is kept until the loop body that borrowed it is over.
+    Misses are fetched at once, as far as slots are to be had, while the residents compute; then, on
+    a guess that has been right before, experts of the next layer. The slot of an expert is kept
+    until the loop body that borrowed it is over.
     """
 
-    def __init__(self, device: Device, num_slots: int, slot_bytes: int, read: Read) -> None:
+    def __init__(
+        self,
+        device: Device,
+        plan: ExpertPlan,
+        read: Read,
+        bank: HostBank | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
         self._device = device
-        self._table = SlotTable(num_slots)
-        self._slot_bytes = slot_bytes
+        self._plan = plan
         self._read = read
+        self._bank = bank
+        self._clock = clock
+        self._table = SlotTable(plan.zones)
+        self._coming: dict[Key, Arrival] = {}  # fetched on a guess and on their way
+        self._unproven: set[Key] = set()  # fetched on a guess and not wanted yet
+        self._ending: deque[tuple[int, Zone, Arrival]] = deque()  # given up, maybe still written
         self._stats = PipelineStats()
+        pinned = Counter(key.layer for key in plan.pinned)
+        self._moving = {layer for layer in plan.layers if pinned[layer] < plan.experts_per_layer}
+        self.lookahead = Lookahead()
 
-    def preload(self, keys: Sequence[Key], on_each: Callable[[int], None] | None = None) -> None:
-        """Read experts and pin them; they are never evicted. `on_each` is given the number done.
+    def preload(self, on_each: Callable[[int], None] | None = None) -> None:
+        """Read the experts that the plan pins. `on_each` is given the number done.
 
-        Raises what the reading raises, and ValueError if they do not leave a slot for the others.
+        Raises what the reading raises.
         """
-        if len(keys) > self._table.num_slots:
-            raise ValueError(f"{len(keys)} experts to pin, but {self._table.num_slots} slots")
-        by_layer: dict[str, list[int]] = {}
-        for key in keys:
-            by_layer.setdefault(key.layer, []).append(key.expert)
-        done = 0
-        for layer, experts in by_layer.items():
-            for expert, _ in self.stream(layer, experts):
-                self._table.pin(Key(layer, expert))
-                done += 1
+        arriving: dict[Key, Arrival] = {}
+        try:
+            for key in self._plan.pinned:
+                slot = self._table.take(key, "pinned")
+                assert slot is not None
+                arriving[key] = self._device.read(slot, partial(self._read, key))
+            for done, key in enumerate(self._plan.pinned, 1):
+                arriving[key].wait()
+                del arriving[key]
+                self._table.release(key)
                 if on_each:
                     on_each(done)
-        self._stats = PipelineStats()
+        finally:
+            self._give_up(arriving)
 
-    def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, Bytes]]:
+    def stream(
+        self, layer: str, wanted: Sequence[int], guess: Guess | None = None
+    ) -> Iterator[tuple[int, Blob]]:
         """Yield (expert, bytes of its slot) for each wanted expert: residents, then as they arrive.
 
-        The bytes are borrowed: they are valid until the next item is asked for.
-        Raises what the reading raises; whatever happens, no slot stays held and no read goes on.
+        The bytes are borrowed: they are valid until the next item is asked for. When nothing that
+        is wanted waits to be fetched, `guess` says what to fetch next.
+        Raises what the reading raises; whatever happens, no slot stays held.
         """
         keys = [Key(layer, expert) for expert in wanted]
-        hits = deque((key, slot) for key in keys if (slot := self._table.hold(key)) is not None)
-        found = {key for key, _ in hits}
-        misses = deque(key for key in keys if key not in found)
-        arriving: deque[tuple[Key, int, Arrival]] = deque()
-        self._count(hits=len(hits), misses=len(misses))
+        arriving, hits, misses = self._classify(layer, keys)
+        if guess is not None:
+            self.lookahead.note(guess.layer, guess.experts)
         lent: Key | None = None
         try:
-            self._start_reads(misses, arriving)
-            while hits or arriving:
-                if hits:
-                    lent, slot = hits.popleft()
-                else:
-                    lent, slot, arrival = arriving.popleft()
-                    self._wait(lent, arrival)
-                yield lent.expert, self._device.view(slot)
-                self._table.release(lent)
+            while hits or arriving or misses:
+                self._begin(misses, arriving, must=not hits)
+                key = hits.popleft() if hits else self._land_next(arriving)
+                lent = key
+                if guess is not None and not misses and not arriving:
+                    self._fetch_ahead(guess)
+                    guess = None
+                slot = self._table.slot(key)
+                yield key.expert, self._device.view(slot)
                 lent = None
-                self._start_reads(misses, arriving)
-            assert not misses
+                self._return(key)
         finally:
-            self._clean_up(lent, hits, arriving)
+            if lent is not None:
+                self._return(lent)
+            for key in hits:
+                self._table.release(key)
+            self._give_up(arriving)
 
-    def _start_reads(self, misses: deque[Key], arriving: deque[tuple[Key, int, Arrival]]) -> None:
+    def _classify(
+        self, layer: str, keys: list[Key]
+    ) -> tuple[dict[Key, Arrival], deque[Key], deque[Key]]:
+        """Those on their way, those there (held from now on), and those still to be fetched."""
+        self.lookahead.judge(layer, [key.expert for key in keys])
+        self._land_fetched()
+        arriving = {key: self._coming.pop(key) for key in keys if key in self._coming}
+        hits = deque(key for key in keys if key not in arriving and self._table.hold(key))
+        there = {*arriving, *hits}
+        misses = deque(key for key in keys if key not in there)
+        used = there & self._unproven
+        self._unproven.difference_update(keys)
+        self._count(hits=len(hits), misses=len(keys) - len(hits), prefetch_used=len(used))
+        wrong = [key for key in self._coming if misses or key.layer == layer]
+        self._give_up({key: self._coming.pop(key) for key in wrong})
+        return arriving, hits, misses
+
+    def _land_fetched(self) -> None:
+        """Make residents of what came on a guess; what failed will fail again when it is wanted."""
+        for key in [key for key, arrival in self._coming.items() if arrival.is_ready()]:
+            arrival = self._coming.pop(key)
+            if arrival.has_failed():
+                self._give_up({key: arrival})
+            else:
+                arrival.wait()
+                self._table.release(key)
+                self._count_load(key)
+
+    def _begin(self, misses: deque[Key], arriving: dict[Key, Arrival], *, must: bool) -> None:
+        """Start to fetch misses while there are slots; at least one if nothing else can go on."""
         while misses:
-            slot = self._table.take(misses[0])
+            slot = self._take(misses[0])
+            if slot is None and must and not arriving:
+                self._ending[0][2].join()
+                continue
             if slot is None:
                 return
             key = misses.popleft()
-            arriving.append((key, slot, self._device.start(slot, partial(self._read, key))))
+            arriving[key] = self._fill(key, slot)
 
-    def _wait(self, key: Key, arrival: Arrival) -> None:
-        began = perf_counter()
-        try:
-            arrival.wait()
-        except BaseException:
-            arrival.cancel()  # nobody may write to a slot that is given away
-            self._table.drop(key)  # what is in it is not the expert
-            raise
-        self._count(stall_s=perf_counter() - began, read_bytes=self._slot_bytes)
+    def _fetch_ahead(self, guess: Guess) -> None:
+        """Fetch what a trusted guess names and is not there, as far as idle slots reach."""
+        if not self.lookahead.is_trusted(guess.layer):
+            return
+        for expert in guess.experts:
+            key = Key(guess.layer, expert)
+            if key in self._table:
+                continue
+            slot = self._take(key)
+            if slot is None:
+                return
+            self._coming[key] = self._fill(key, slot)
+            self._unproven.add(key)
+            self._count(prefetched=1)
 
-    def _clean_up(
-        self,
-        lent: Key | None,
-        hits: deque[tuple[Key, int]],
-        arriving: deque[tuple[Key, int, Arrival]],
-    ) -> None:
-        """Leave nothing held after an error or a loop that was left early."""
-        held = [key for key, _ in hits]
-        if lent is not None and lent in self._table.resident():
-            held.append(lent)
-        for key in held:
-            self._table.release(key)
-        for key, _, arrival in arriving:
-            arrival.cancel()
-            self._table.drop(key)
+    def _take(self, key: Key) -> int | None:
+        """A slot for an expert that is not there, held; None if all of its zone are in use."""
+        for _ in range(len(self._ending)):
+            slot, zone, arrival = self._ending.popleft()
+            if arrival.is_ready():
+                self._table.give_back(slot, zone)
+            else:
+                self._ending.append((slot, zone, arrival))
+        return self._table.take(key, self._plan.zone(key.layer))
+
+    def _fill(self, key: Key, slot: int) -> Arrival:
+        source = self._bank.get(key) if self._bank else None
+        if source is not None:
+            return self._device.copy(slot, source)
+        return self._device.read(slot, partial(self._read, key))
+
+    def _land_next(self, arriving: dict[Key, Arrival]) -> Key:
+        """Wait for an expert, one that is there already if any is."""
+        ready = (key for key, arrival in arriving.items() if arrival.is_ready())
+        key = next(ready, next(iter(arriving)))
+        began = self._clock()
+        arriving[key].wait()
+        self._count(stall_s=self._clock() - began)
+        del arriving[key]
+        self._count_load(key)
+        return key
+
+    def _return(self, key: Key) -> None:
+        self._device.release(self._table.slot(key))
+        self._table.release(key)
+
+    def _give_up(self, arriving: dict[Key, Arrival]) -> None:
+        """Forget what is on its way; its slots are free once nobody writes to them."""
+        for key, arrival in arriving.items():
+            arrival.stop()
+            zone = self._table.zone(key)
+            self._ending.append((self._table.detach(key), zone, arrival))
+
+    def _count_load(self, key: Key) -> None:
+        size = self._plan.slot_bytes
+        if self._bank and self._bank.get(key) is not None:
+            self._count(host_loads=1, copied_bytes=size)
+        else:
+            self._count(read_bytes=size)
 
     def _count(self, **more: float) -> None:
         self._stats = replace(
@@ -146,12 +249,24 @@ class ExpertPipeline:
     @property
     def stats(self) -> PipelineStats:
         """A snapshot of the counts."""
-        return replace(self._stats, evictions=self._table.evictions)
+        stats = self._stats
+        open_ = sum(key in self._table for key in list(self._unproven))
+        wasted = stats.prefetched - stats.prefetch_used - open_
+        return replace(stats, evictions=self._table.evictions, prefetch_wasted=max(wasted, 0))
+
+    def wants_guess(self, layer: str) -> bool:
+        """Whether it is worth guessing now what a layer will want."""
+        return layer in self._moving and self.lookahead.is_asked(layer)
 
     def resident(self) -> set[Key]:
-        """The experts that are in a slot now."""
+        """The experts that are in a slot now, or on their way."""
         return self._table.resident()
 
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What the device does in a slower way than it should, and why."""
+        return self._device.fallbacks()
+
     def close(self) -> None:
-        """End the device's readers."""
+        """End what is under way, and the device."""
         self._device.close()

@@ -10,12 +10,10 @@ of byte ranges.
 
 import contextlib
 import json
-import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,74 +21,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offload.errors import StoreError
+from offload.errors import ReadCancelled, StoreError
+from offload.layout import PAGE_BYTES, BlobLayout, layout_from_json, round_up
 
 Bytes = NDArray[np.uint8]
 
 FORMAT = "infmoe-experts"
 VERSION = "1"
-PAGE_BYTES = 4096  # alignment of blobs: what O_DIRECT and page locking ask for
-TENSOR_ALIGN_BYTES = 256  # alignment of tensors inside a blob: what CUDA kernels like best
+CHUNK_BYTES = 8 << 20  # read at once; whole pages, so that direct reads stay aligned
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-# safetensors' dtype names and their widths; numpy lacks bfloat16, so this package handles raw bytes
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """Where one tensor lies inside a blob, in bytes. `dtype` is safetensors' name for it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlobLayout:
-    """What a blob holds. All blobs of a store have one layout."""
-
-    tensors: tuple[TensorSpec, ...]
-    blob_bytes: int
-    quantization: str = "none"
-
-    def __post_init__(self) -> None:
-        size = self.blob_bytes
-        if type(size) is not int or size < PAGE_BYTES or size % PAGE_BYTES:
-            raise ValueError(f"blob_bytes {size} is no multiple of {PAGE_BYTES}")
-        if self.quantization != "none":
-            raise ValueError(f"quantization {self.quantization!r} is unknown; known: none")
-        end = 0
-        for tensor in self.tensors:
-            if tensor.dtype not in DTYPE_BYTES:
-                raise ValueError(f"tensor {tensor.name}: dtype {tensor.dtype!r} is unknown")
-            numbers = (*tensor.shape, tensor.offset, tensor.nbytes)
-            if any(type(number) is not int or number < 0 for number in numbers):
-                raise ValueError(f"tensor {tensor.name}: shape or place is no whole number")
-            if tensor.nbytes != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
-                raise ValueError(
-                    f"tensor {tensor.name}: {tensor.nbytes} bytes do not fit its shape"
-                )
-            if tensor.offset < end:
-                raise ValueError(f"tensor {tensor.name} overlaps the one before it")
-            end = tensor.offset + tensor.nbytes
-        if end > self.blob_bytes:
-            raise ValueError(f"{end} bytes of tensors do not fit a blob of {self.blob_bytes}")
-
-
-def make_layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> BlobLayout:
-    """Place tensors, given as name -> (dtype name, shape), one after the other in a blob.
-
-    Two F16 tensors of 100 elements lie at 0 and 256; the blob takes 4096 bytes.
-    """
-    specs, end = [], 0
-    for name, (dtype, shape) in tensors.items():
-        offset = _round_up(end, TENSOR_ALIGN_BYTES)
-        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
-        specs.append(TensorSpec(name=name, dtype=dtype, shape=shape, offset=offset, nbytes=nbytes))
-        end = offset + nbytes
-    return BlobLayout(tensors=tuple(specs), blob_bytes=_round_up(max(end, 1), PAGE_BYTES))
 
 
 class StoreWriter:
@@ -223,11 +162,18 @@ class ExpertStore:
             raise ValueError(f"expert {expert} not in 0..{self.num_experts - 1} of {self.path}")
         return self._data_start + expert * self.layout.blob_bytes
 
-    def read_blob(self, expert: int, out: Bytes | None = None) -> Bytes:
+    def read_blob(
+        self,
+        expert: int,
+        out: Bytes | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> Bytes:
         """Read the blob of an expert, into `out` (blob_bytes,) if given. Returns the filled buffer.
 
-        The checksum is verified the first time that an expert is read.
-        Raises StoreError if the blob is damaged, or the file has shrunk or cannot be read.
+        The checksum is verified the first time that an expert is read. `is_cancelled` is asked
+        before each chunk of 8 MiB.
+        Raises StoreError if the blob is damaged, or the file has shrunk or cannot be read,
+        ReadCancelled if `is_cancelled` says so; then `out` holds nothing of use.
         """
         start = self.offset(expert)
         if out is None:
@@ -235,14 +181,16 @@ class ExpertStore:
         is_row = out.shape == (self.layout.blob_bytes,) and out.flags.c_contiguous
         if out.dtype != np.uint8 or not is_row:
             raise ValueError(f"out is no uint8 buffer of {self.layout.blob_bytes} contiguous bytes")
-        try:
-            done = self._read_at(start, out)
-        except OSError as error:
-            raise StoreError(f"{self._at(expert)}: cannot be read: {error.strerror}") from error
-        if done < len(out):
-            raise StoreError(f"{self._at(expert)}: the file ends inside the blob; copy it again")
-        if not self._is_verified[expert]:
-            self.verify(expert, out)
+        is_new, checksum = not self._is_verified[expert], 0
+        for begin in range(0, len(out), CHUNK_BYTES):
+            if is_cancelled is not None and is_cancelled():
+                raise ReadCancelled(f"{self._at(expert)}: the read was cancelled")
+            chunk = out[begin : begin + CHUNK_BYTES]
+            self._read_chunk(expert, start + begin, chunk)
+            if is_new:  # chunk by chunk, while it is in the processor's cache
+                checksum = zlib.crc32(chunk.data, checksum)
+        if is_new:
+            self._compare(expert, checksum)
             self._is_verified[expert] = True
         return out
 
@@ -257,20 +205,28 @@ class ExpertStore:
         """Whether aligned reads go directly from the disk to the buffer."""
         return self._direct >= 0
 
-    def _read_at(self, start: int, out: Bytes) -> int:
-        """Read until `out` is full or the file ends. Returns the bytes read."""
-        direct = self.is_direct and out.ctypes.data % PAGE_BYTES == 0
+    def _read_chunk(self, expert: int, start: int, chunk: Bytes) -> None:
+        """Fill `chunk` from byte `start` on. Raises StoreError if the file ends before."""
+        direct = self.is_direct and chunk.ctypes.data % PAGE_BYTES == 0
         file = self._direct if direct else self._file
         done = 0
-        while done < len(out) and (n := os.preadv(file, [out[done:].data], start + done)):
-            done += n
-        if self._bypass_cache and not direct:
-            os.posix_fadvise(self._file, start, done, os.POSIX_FADV_DONTNEED)
-        return done
+        try:
+            while done < len(chunk) and (n := os.preadv(file, [chunk[done:].data], start + done)):
+                done += n
+                if direct and n % PAGE_BYTES:  # the end of the file; to read on would be refused
+                    break
+            if self._bypass_cache and not direct:
+                os.posix_fadvise(self._file, start, done, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise StoreError(f"{self._at(expert)}: cannot be read: {error.strerror}") from error
+        if done < len(chunk):
+            raise StoreError(f"{self._at(expert)}: the file ends inside the blob; copy it again")
 
     def verify(self, expert: int, blob: Bytes) -> None:
         """Compare a blob with its checksum. Raises StoreError if they differ."""
-        found = zlib.crc32(blob.data)
+        self._compare(expert, zlib.crc32(blob.data))
+
+    def _compare(self, expert: int, found: int) -> None:
         if found != self._checksums[expert]:
             raise StoreError(
                 f"{self._at(expert)}: damaged: checksum {found:08x} is not "
@@ -334,7 +290,7 @@ def _read_header(file: int, path: Path) -> ExpertStore:
         raise ValueError(f"version {metadata.get('version')!r} is not {VERSION}; upgrade InfMoE")
     if metadata.get("checksum") != "crc32":
         raise ValueError(f"checksum {metadata.get('checksum')!r} is unknown; known: crc32")
-    layout = _layout_from_json(metadata["layout"])
+    layout = layout_from_json(metadata["layout"])
     checksums = [int(text, 16) for text in metadata["checksums"].split()]
     if start % PAGE_BYTES:
         raise ValueError(f"data begins at byte {start}, not at a multiple of {PAGE_BYTES}")
@@ -344,13 +300,6 @@ def _read_header(file: int, path: Path) -> ExpertStore:
     if file_bytes != expected:
         raise ValueError(f"the file has {file_bytes} bytes, its header tells of {expected}")
     return ExpertStore(file, path, str(metadata["layer"]), layout, checksums, start)
-
-
-def _layout_from_json(text: str) -> BlobLayout:
-    values = json.loads(text)
-    tensors = values.pop("tensors")
-    specs = (TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in tensors)
-    return BlobLayout(tensors=tuple(specs), **values)
 
 
 def _entries(layout: BlobLayout, num_experts: int) -> dict[str, dict[str, object]]:
@@ -371,17 +320,13 @@ def _header(layer: str, layout: BlobLayout, checksums: list[int]) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "layer": layer,
-        "layout": json.dumps(asdict(layout)),
+        "layout": layout.to_json(),
         "checksum": "crc32",
         "checksums": " ".join(f"{checksum:08x}" for checksum in checksums),
     }
     text = json.dumps({"__metadata__": metadata, **_entries(layout, len(checksums))}).encode()
-    padded = text.ljust(_round_up(8 + len(text), PAGE_BYTES) - 8)
+    padded = text.ljust(round_up(8 + len(text), PAGE_BYTES) - 8)
     return struct.pack("<Q", len(padded)) + padded
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _temporary(path: Path) -> Path:

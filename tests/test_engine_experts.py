@@ -76,8 +76,8 @@ def test_progress_of_preloading_is_told(saved):
     told = []
     dtype = resident.embedding.weight.dtype
     with open_offloaded(path, CONFIG, dtype, 10 * slot_bytes, lambda *a: told.append(a)) as experts:
-        assert told == [(i, 8) for i in range(1, 9)]
-        assert len(experts.plan.pinned) == 8
+        assert told == [(i, 6) for i in range(1, 7)]
+        assert len(experts.plan.pinned) == 6
 
 
 def test_a_damaged_expert_fails_the_request_that_needs_it_and_no_other(tmp_path):

@@ -155,6 +155,9 @@ class ReversedExperts:
     def __init__(self, experts: ResidentExperts) -> None:
         self.experts = experts
 
+    def foresee(self, layer, x):
+        pass
+
     def stream(self, layer, wanted):
         for expert, weights in self.experts.stream(layer, list(wanted)[::-1]):
             lent = type(weights)(*(None if w is None else w.clone() for w in weights))

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.bank import fill_bank
 from offload.device import HostDevice, open_host_device
-from offload.pipeline import ExpertPipeline
-from offload.planner import BudgetTooSmall, plan_experts
+from offload.lookahead import MIN_GUESSES, Lookahead
+from offload.pipeline import ExpertPipeline, Guess
+from offload.planner import BudgetTooSmall, ExpertPlan, plan_experts
 from offload.slots import Key, SlotTable
 
 SLOT_BYTES = 64
@@ -21,27 +23,43 @@ def content(key: Key) -> np.ndarray:
 
 
 class FakeArrival:
+    """Lands when it is waited for, or earlier when the device's whim has it."""
+
     def __init__(self, device, slot, fill):
         self.device, self.slot, self.fill = device, slot, fill
-        self.error = None
+        self.is_stopped, self.error = False, None
 
     def finish(self):
         if self.fill is not None:
             fill, self.fill = self.fill, None
             self.device.writing.discard(self.slot)
             try:
-                fill(self.device.slots[self.slot])
+                fill(self.device.slots[self.slot], lambda: self.is_stopped)
             except OSError as error:
                 self.error = error
+            if self.is_stopped:
+                self.device.slots[self.slot] = POISON  # half of it may have been written
+
+    def is_ready(self):
+        if self.device.whim():
+            self.finish()
+        return self.fill is None
 
     def wait(self):
+        assert not self.is_stopped
         self.finish()
         if self.error is not None:
             raise self.error
 
-    def cancel(self):
-        self.fill = None
-        self.device.writing.discard(self.slot)
+    def stop(self):
+        self.is_stopped = True
+
+    def join(self):
+        self.finish()
+
+    def has_failed(self):
+        assert self.fill is None
+        return self.is_stopped or self.error is not None
 
 
 class FakeDevice:
@@ -55,91 +73,147 @@ class FakeDevice:
         self.writing: set[int] = set()
         self.reading: set[int] = set()
         self.delays = list(delays)
+        self.log: list[tuple[str, int]] = []
         self.started: list[FakeArrival] = []
 
-    def start(self, slot, fill):
+    def whim(self):
+        self.delays = self.delays[1:] + self.delays[:1]
+        return bool(self.delays) and self.delays[0]
+
+    def read(self, slot, fill, kind="read"):
         assert slot not in self.reading, "a slot is overwritten while it is read"
         assert slot not in self.writing, "a slot is filled twice at once"
         self.writing.add(slot)
         self.slots[slot] = POISON
+        self.log.append((kind, slot))
         self.started.append(FakeArrival(self, slot, fill))
-        if self.delays and self.delays.pop():  # something earlier arrives meanwhile
-            self.started[len(self.delays) % len(self.started)].finish()
         return self.started[-1]
+
+    def copy(self, slot, source):
+        def fill(out, is_cancelled):
+            out[:] = source
+
+        return self.read(slot, fill, "copy")
+
+    def adopt(self, memory):
+        self.log.append(("adopt", len(memory)))
 
     def view(self, slot):
         assert slot not in self.writing, "a slot is read before it has arrived"
+        self.reading.add(slot)
         return self.slots[slot]
 
+    def release(self, slot):
+        self.reading.remove(slot)
+
+    def fallbacks(self):
+        return ("slow",)
+
     def close(self):
-        pass
+        for arrival in self.started:
+            arrival.finish()
 
 
-def fake_read(key, out):
+class Trusting(Lookahead):
+    """Believes every guess."""
+
+    def is_trusted(self, layer):
+        return True
+
+
+def fake_read(key, out, is_cancelled=lambda: False):
     out[:] = content(key)
 
 
-def borrow(
-    device: FakeDevice, pipeline: ExpertPipeline, layer: str, wanted: list[int]
-) -> list[int]:
+def make_plan(num_slots=0, *, layers=("a", "b", "c"), experts=8, pinned=(), sweep=0, host=()):
+    """A plan by hand: what is not pinned and not for the sweep decodes."""
+    return ExpertPlan(
+        slot_bytes=SLOT_BYTES,
+        layers=tuple(layers),
+        experts_per_layer=experts,
+        num_decode=num_slots - len(pinned) - sweep,
+        num_sweep=sweep,
+        pinned=tuple(pinned),
+        host=tuple(host),
+    )
+
+
+def make_pipeline(plan, delays=(), read=fake_read, bank=None):
+    device = FakeDevice(plan.num_slots, delays)
+    pipeline = ExpertPipeline(device, plan, read, bank)
+    pipeline.preload()
+    return device, pipeline
+
+
+def borrow(device, pipeline, layer, wanted, guess=None) -> list[int]:
     """Run a loop over the wanted experts; check every slot at the beginning and end of its body."""
     order = []
-    for expert, blob in pipeline.stream(layer, wanted):
-        slot = next(i for i, row in enumerate(device.slots) if np.shares_memory(row, blob))
-        device.reading.add(slot)
+    for expert, blob in pipeline.stream(layer, wanted, guess):
         np.testing.assert_array_equal(blob, content(Key(layer, expert)))
         for arrival in device.started[-2:]:
             arrival.finish()  # what is on its way may land at any time
         np.testing.assert_array_equal(blob, content(Key(layer, expert)))
-        device.reading.discard(slot)
         order.append(expert)
+    assert not device.reading
     return order
 
 
+LAYER_NAMES = ["encoder-0", "encoder-1", "decoder-0", "decoder-1"]
+EXPERTS = st.lists(st.integers(0, 7), unique=True, min_size=1)
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["a", "b", "c"]), st.lists(st.integers(0, 7), unique=True, min_size=1)
+        st.sampled_from(LAYER_NAMES),
+        EXPERTS,
+        st.one_of(st.none(), st.tuples(st.sampled_from(LAYER_NAMES), EXPERTS)),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     steps=STEPS,
-    num_slots=st.integers(2, 26),
-    num_pinned=st.integers(0, 24),
+    budget=st.integers(2, 34),
+    num_host=st.integers(0, 20),
     delays=st.lists(st.booleans(), max_size=40),
 )
-def test_every_wanted_expert_is_lent_once_and_never_overwritten(
-    steps, num_slots, num_pinned, delays
-):
-    device = FakeDevice(num_slots, delays)
-    pipeline = ExpertPipeline(device, num_slots, SLOT_BYTES, fake_read)
-    pins = [Key(layer, e) for e in range(8) for layer in "abc"][: min(num_pinned, num_slots - 2)]
-    pipeline.preload(pins)
+def test_every_wanted_expert_is_lent_once_and_never_overwritten(steps, budget, num_host, delays):
+    plan = plan_experts(SLOT_BYTES, LAYER_NAMES, 8, budget * SLOT_BYTES, num_host * SLOT_BYTES)
+    bank_device = FakeDevice(1)
+    bank = fill_bank(plan.host, SLOT_BYTES, fake_read, bank_device) if plan.host else None
+    device, pipeline = make_pipeline(plan, delays, bank=bank)
+    pipeline.lookahead = Trusting()
     wanted_in_all = 0
-    for layer, wanted in steps:
-        before = {key.expert for key in pipeline.resident() if key.layer == layer}
-        order = borrow(device, pipeline, layer, wanted)
+    for layer, wanted, guess in steps:
+        order = borrow(device, pipeline, layer, wanted, guess and Guess(*guess))
         assert sorted(order) == sorted(wanted)
-        hits = [expert for expert in wanted if expert in before]
-        assert order[: len(hits)] == hits  # residents first, both parts in the order asked for
-        assert order[len(hits) :] == [expert for expert in wanted if expert not in before]
-        assert set(pins) <= pipeline.resident()
+        assert set(plan.pinned) <= pipeline.resident()
+        assert len(pipeline.resident()) <= plan.num_slots
         wanted_in_all += len(wanted)
     stats = pipeline.stats
     assert stats.hits + stats.misses == wanted_in_all
-    assert stats.read_bytes == stats.misses * SLOT_BYTES
+    assert stats.prefetch_used + stats.prefetch_wasted <= stats.prefetched
+    assert stats.read_bytes + stats.copied_bytes <= (stats.misses + stats.prefetched) * SLOT_BYTES
+    assert stats.copied_bytes == stats.host_loads * SLOT_BYTES
+    assert len([entry for entry in device.log if entry[0] == "copy"]) >= stats.host_loads
+
+
+def test_residents_come_first_then_what_has_arrived():
+    device, pipeline = make_pipeline(make_plan(6, pinned=[Key("a", 5)]))
+    stream = pipeline.stream("a", [0, 1, 2, 5])
+    order = [next(stream)[0]]
+    device.started[-1].finish()  # expert 2 is there before 0 and 1
+    order += [expert for expert, _ in stream]
+    assert order == [5, 2, 0, 1]
 
 
 def test_a_scan_over_all_experts_hits_its_pinned_share_where_plain_lru_hits_nothing():
     layers, experts = ["a", "b", "c"], 8
     rates = {}
     for pinned in (0, 9):
-        pipeline = ExpertPipeline(FakeDevice(12), 12, SLOT_BYTES, fake_read)
-        pipeline.preload([Key(layer, e) for e in range(3) for layer in layers][:pinned])
+        pins = [Key(layer, e) for e in range(3) for layer in layers][:pinned]
+        _, pipeline = make_pipeline(make_plan(12, pinned=pins))
         for _ in range(5):
             for layer in layers:
                 for _ in pipeline.stream(layer, list(range(experts))):
@@ -149,8 +223,21 @@ def test_a_scan_over_all_experts_hits_its_pinned_share_where_plain_lru_hits_noth
     assert rates[9] == pytest.approx(9 / 24)
 
 
+def test_the_sweep_of_the_encoder_never_evicts_what_decoding_goes_on_with():
+    plan = make_plan(6, layers=LAYER_NAMES, sweep=2)
+    device, pipeline = make_pipeline(plan)
+    borrow(device, pipeline, "decoder-0", [0, 1])
+    borrow(device, pipeline, "decoder-1", [0, 1])
+    for layer in ("encoder-0", "encoder-1"):
+        borrow(device, pipeline, layer, list(range(8)))
+    before = pipeline.stats
+    borrow(device, pipeline, "decoder-0", [0, 1])
+    borrow(device, pipeline, "decoder-1", [0, 1])
+    assert (pipeline.stats - before).hits == 4
+
+
 def test_when_everything_fits_nothing_is_read_twice():
-    pipeline = ExpertPipeline(FakeDevice(4), 4, SLOT_BYTES, fake_read)
+    _, pipeline = make_pipeline(make_plan(4))
     for _ in range(3):
         list(pipeline.stream("a", [3, 1, 0, 2]))
     assert (pipeline.stats.misses, pipeline.stats.hits, pipeline.stats.evictions) == (4, 8, 0)
@@ -158,29 +245,26 @@ def test_when_everything_fits_nothing_is_read_twice():
 
 @pytest.mark.parametrize("num_lent", [0, 1, 2, 3])
 def test_a_loop_left_early_leaves_nothing_held(num_lent):
-    device = FakeDevice(3)
-    pipeline = ExpertPipeline(device, 3, SLOT_BYTES, fake_read)
+    device, pipeline = make_pipeline(make_plan(3))
     list(pipeline.stream("a", [0, 1]))
     stream = pipeline.stream("a", [0, 4, 5, 6])
     for _ in range(num_lent):
         next(stream)
     stream.close()
-    assert not device.writing
     assert sorted(borrow(device, pipeline, "b", [0, 1, 2, 3, 4])) == [0, 1, 2, 3, 4]
     assert sorted(borrow(device, pipeline, "a", [0, 4, 5])) == [0, 4, 5]
 
 
 @pytest.mark.parametrize("broken", [0, 2, 4])
 def test_a_read_that_fails_is_raised_and_the_next_step_is_served(broken):
-    device = FakeDevice(3)
     failing = {Key("a", broken)}
 
-    def read(key, out):
+    def read(key, out, is_cancelled):
         if key in failing:
             raise OSError(5, "Input/output error")
         fake_read(key, out)
 
-    pipeline = ExpertPipeline(device, 3, SLOT_BYTES, read)
+    device, pipeline = make_pipeline(make_plan(3), read=read)
     with pytest.raises(OSError, match="Input/output"):
         list(pipeline.stream("a", [0, 1, 2, 3, 4]))
     assert Key("a", broken) not in pipeline.resident()
@@ -189,8 +273,7 @@ def test_a_read_that_fails_is_raised_and_the_next_step_is_served(broken):
 
 
 def test_an_error_in_the_loop_body_leaves_nothing_held():
-    device = FakeDevice(2)
-    pipeline = ExpertPipeline(device, 2, SLOT_BYTES, fake_read)
+    device, pipeline = make_pipeline(make_plan(2))
 
     def body():
         for _ in pipeline.stream("a", [0, 1, 2]):
@@ -201,24 +284,159 @@ def test_an_error_in_the_loop_body_leaves_nothing_held():
     assert sorted(borrow(device, pipeline, "b", [0, 1, 2])) == [0, 1, 2]
 
 
-def test_more_pins_than_slots_are_refused():
-    pipeline = ExpertPipeline(FakeDevice(2), 2, SLOT_BYTES, fake_read)
-    with pytest.raises(ValueError, match="3 experts to pin, but 2 slots"):
-        pipeline.preload([Key("a", e) for e in range(3)])
+def test_a_failed_preload_is_raised_and_ends_what_is_on_its_way():
+    def read(key, out, is_cancelled):
+        if key.expert == 1:
+            raise OSError(5, "Input/output error")
+        fake_read(key, out)
+
+    with pytest.raises(OSError, match="Input/output"):
+        make_pipeline(make_plan(6, pinned=[Key("a", e) for e in range(4)]), read=read)
 
 
 def test_preloading_tells_its_progress_and_counts_as_nothing():
-    pipeline = ExpertPipeline(FakeDevice(4), 4, SLOT_BYTES, fake_read)
+    plan = make_plan(5, pinned=[Key("a", 0), Key("b", 0), Key("a", 1)])
+    pipeline = ExpertPipeline(FakeDevice(5), plan, fake_read)
     told = []
-    pipeline.preload([Key("a", 0), Key("b", 0), Key("a", 1)], told.append)
+    pipeline.preload(told.append)
     assert told == [1, 2, 3]
     assert pipeline.stats.misses == 0
     assert pipeline.stats.hit_rate == 0
+    assert pipeline.fallbacks == ("slow",)
 
 
 def test_slots_need_a_number():
-    with pytest.raises(ValueError, match="num_slots is 0"):
-        SlotTable(0)
+    with pytest.raises(ValueError, match="at least one slot"):
+        SlotTable({"pinned": 0, "decode": 0})
+
+
+def trusting(plan, delays=(), read=fake_read):
+    device, pipeline = make_pipeline(plan, delays, read)
+    pipeline.lookahead = Trusting()
+    return device, pipeline
+
+
+def test_a_right_guess_that_has_landed_is_a_hit():
+    device, pipeline = trusting(make_plan(4), delays=[True])
+    borrow(device, pipeline, "a", [0], Guess("b", [3]))
+    borrow(device, pipeline, "b", [3])
+    stats = pipeline.stats
+    assert (stats.hits, stats.misses) == (1, 1)
+    assert (stats.prefetched, stats.prefetch_used, stats.prefetch_wasted) == (1, 1, 0)
+    assert stats.read_bytes == 2 * SLOT_BYTES
+
+
+def test_a_right_guess_on_its_way_is_joined_and_not_read_again():
+    device, pipeline = trusting(make_plan(4))
+    for _ in pipeline.stream("a", [0], Guess("b", [3])):
+        pass
+    assert [expert for expert, _ in pipeline.stream("b", [3])] == [3]
+    assert len(device.started) == 2
+    stats = pipeline.stats
+    assert (stats.misses, stats.prefetch_used) == (2, 1)
+
+
+def test_a_wrong_guess_is_stopped_and_never_taken_for_an_expert():
+    device, pipeline = trusting(make_plan(4))
+    for _ in pipeline.stream("a", [0], Guess("b", [3])):
+        pass
+    assert not device.started[-1].is_stopped
+    assert borrow(device, pipeline, "b", [2]) == [2]
+    assert device.started[1].is_stopped
+    assert borrow(device, pipeline, "b", [3]) == [3]
+    assert pipeline.stats.prefetch_wasted == 1
+
+
+def test_demand_goes_before_guesses_and_a_guess_waits_until_nothing_is_wanted():
+    device, pipeline = trusting(make_plan(6))
+    stream = pipeline.stream("a", [0, 1, 2], Guess("b", [3, 4]))
+    begun = []
+    for _ in stream:
+        begun.append(len(device.started))
+    assert begun == [3, 3, 5]  # the last one wanted is there: two guesses begin
+
+
+def test_a_guess_takes_no_slot_that_is_in_use_or_pinned():
+    plan = make_plan(4, pinned=[Key("b", 0), Key("b", 1)])
+    device, pipeline = trusting(plan)
+    stream = pipeline.stream("a", [5], Guess("b", [0, 2, 3, 4]))
+    next(stream)
+    assert pipeline.resident() == {Key("b", 0), Key("b", 1), Key("a", 5), Key("b", 2)}
+    stream.close()
+
+
+def test_a_guess_that_cannot_be_read_harms_nobody_until_it_is_wanted():
+    def read(key, out, is_cancelled):
+        if key == Key("b", 3):
+            raise OSError(5, "Input/output error")
+        fake_read(key, out)
+
+    device, pipeline = trusting(make_plan(4), delays=[True], read=read)
+    borrow(device, pipeline, "a", [0], Guess("b", [3]))
+    assert borrow(device, pipeline, "b", [2]) == [2]
+    with pytest.raises(OSError, match="Input/output"):
+        borrow(device, pipeline, "b", [3])
+
+
+def test_guesses_are_asked_for_only_where_experts_move():
+    plan = make_plan(10, pinned=[Key("a", e) for e in range(8)])
+    _, pipeline = make_pipeline(plan)
+    assert not pipeline.wants_guess("a")
+    assert pipeline.wants_guess("b")
+
+
+def judged(lookahead, layer, guesses, wanted):
+    for guess in guesses:
+        lookahead.note(layer, guess)
+        lookahead.judge(layer, wanted)
+
+
+def test_guesses_are_believed_once_they_have_been_right_and_no_longer_when_they_fail():
+    lookahead = Lookahead()
+    judged(lookahead, "a", [[1, 2]] * (MIN_GUESSES - 1), [1, 2, 3])
+    assert not lookahead.is_trusted("a")
+    judged(lookahead, "a", [[1, 2]], [1, 2, 3])
+    assert lookahead.is_trusted("a")
+    assert not lookahead.is_trusted("b")
+    judged(lookahead, "a", [[7, 8]] * 16, [1, 2, 3])
+    assert not lookahead.is_trusted("a")
+    assert 0 < lookahead.precisions()["a"] < 0.6
+
+
+def test_a_layer_that_is_not_trusted_is_asked_now_and_then():
+    lookahead = Lookahead()
+    assert all(lookahead.is_asked("a") for _ in range(5))  # new: every time
+    judged(lookahead, "a", [[7]] * MIN_GUESSES, [1])
+    assert sum(lookahead.is_asked("a") for _ in range(64)) == 4
+
+
+def test_a_layer_without_a_guess_is_not_judged():
+    lookahead = Lookahead()
+    lookahead.judge("a", [1])
+    lookahead.note("a", [])
+    lookahead.judge("a", [1])
+    assert lookahead.precisions() == {}
+
+
+def test_host_memory_is_adopted_in_pieces_once_it_is_filled(monkeypatch):
+    device = FakeDevice(1)
+    keys = [Key("a", e) for e in range(7)]
+    monkeypatch.setattr("offload.bank.GRANULE_BYTES", 3 * SLOT_BYTES)
+    told = []
+    bank = fill_bank(keys, SLOT_BYTES, fake_read, device, told.append)
+    assert device.log == [("adopt", 3), ("adopt", 3), ("adopt", 1)]
+    assert told == list(range(1, 8))
+    assert len(bank) == 7
+    np.testing.assert_array_equal(bank.get(Key("a", 6)), content(Key("a", 6)))
+    assert bank.get(Key("b", 0)) is None
+
+
+def test_a_bank_that_cannot_be_read_is_told():
+    def read(key, out):
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        fill_bank([Key("a", 0)], SLOT_BYTES, read, FakeDevice(1))
 
 
 @pytest.fixture
@@ -229,44 +447,60 @@ def host():
 
 
 def test_host_slots_are_aligned_and_filled_by_readers(host: HostDevice):
-    def fill(out):
+    def fill(out, is_cancelled):
         assert threading.current_thread().name.startswith("experts")
+        assert not is_cancelled()
         out[:] = 7
 
-    host.start(1, fill).wait()
+    arrival = host.read(1, fill)
+    arrival.wait()
+    assert arrival.is_ready()
+    assert not arrival.has_failed()
     assert host.view(1).ctypes.data % 4096 == 0
     assert (host.view(1) == 7).all()
     assert (host.view(0) == 0).all()
+    host.release(1)
+    host.copy(0, host.view(1)).wait()
+    assert (host.view(0) == 7).all()
+    host.adopt(host.view(0))
+    assert host.fallbacks() == ()
 
 
 def test_a_host_reader_that_fails_tells_who_waits(host):
-    def fill(out):
+    def fill(out, is_cancelled):
         raise OSError(5, "Input/output error")
 
+    arrival = host.read(0, fill)
+    arrival.join()
+    assert arrival.has_failed()
     with pytest.raises(OSError, match="Input/output"):
-        host.start(0, fill).wait()
+        arrival.wait()
 
 
-def test_cancelling_ends_with_nobody_writing(host):
-    begun, go_on, done = threading.Event(), threading.Event(), []
+def test_stopping_does_not_block_and_ends_with_nobody_writing(host):
+    begun, go_on, done = threading.Barrier(3), threading.Event(), []
 
-    def slow(out):
-        begun.set()
+    def slow(out, is_cancelled):
+        begun.wait(10)
         assert go_on.wait(10)
-        done.append("slow")
+        done.append(is_cancelled())
 
-    first = [host.start(slot, slow) for slot in (0, 1)]  # both readers are busy
-    queued = host.start(2, lambda out: done.append("never"))
-    assert begun.wait(10)
-    queued.cancel()
-    threading.Timer(0.05, go_on.set).start()
+    first = [host.read(slot, slow) for slot in (0, 1)]  # both readers are busy
+    queued = host.read(2, lambda out, is_cancelled: done.append("never"))
+    begun.wait(10)
+    queued.stop()
+    queued.join()
+    assert queued.has_failed()
+    first[0].stop()
+    assert not first[0].is_ready()
+    go_on.set()
     for arrival in first:
-        arrival.cancel()
-    assert done == ["slow", "slow"]
+        arrival.join()
+    assert sorted(done) == [False, True]
 
 
 def test_memory_that_is_not_to_be_had_is_told():
-    with pytest.raises(MemoryError, match="bytes for 1000000 expert slots are not to be had"):
+    with pytest.raises(MemoryError, match="bytes for 1000000 experts are not to be had"):
         open_host_device(2**40, 10**6)
 
 
@@ -274,25 +508,54 @@ LAYERS = ["encoder-0", "encoder-1", "decoder-0", "decoder-1"]
 
 
 def test_decoder_layers_are_pinned_first_and_evenly():
-    plan = plan_experts(10 * 100, 100, LAYERS, 4)
-    assert (plan.num_slots, plan.num_streaming, plan.arena_bytes) == (10, 2, 1000)
+    plan = plan_experts(100, LAYERS, 4, 10 * 100)
+    assert (plan.num_slots, plan.num_decode, plan.num_sweep, plan.arena_bytes) == (10, 0, 2, 1000)
     assert plan.pinned == tuple(
         Key(f"decoder-{layer}", expert) for expert in range(4) for layer in range(2)
     )
-    more = plan_experts(12 * 100, 100, LAYERS, 4)
+    less = plan_experts(100, LAYERS, 4, 9 * 100)
+    assert (less.num_decode, less.num_sweep, len(less.pinned)) == (2, 2, 5)
+    more = plan_experts(100, LAYERS, 4, 12 * 100)
     assert more.pinned[8:] == (Key("encoder-0", 0), Key("encoder-1", 0))
+    assert (less.zone("encoder-0"), less.zone("decoder-1")) == ("sweep", "decode")
 
 
 def test_all_experts_are_pinned_if_they_fit():
-    plan = plan_experts(10**9, 100, LAYERS, 4)
-    assert (plan.num_slots, len(plan.pinned), plan.num_streaming) == (16, 16, 0)
+    plan = plan_experts(100, LAYERS, 4, 10**9, 10**9)
+    assert (plan.num_slots, len(plan.pinned), plan.num_decode, plan.num_sweep) == (16, 16, 0, 0)
+    assert (plan.num_disk, plan.host) == (0, ())
 
 
 def test_the_smallest_budget_streams_everything():
-    plan = plan_experts(299, 100, LAYERS, 4)
+    plan = plan_experts(100, LAYERS, 4, 299)
     assert (plan.num_slots, plan.pinned) == (2, ())
+    assert plan.zone("encoder-0") == plan.zone("decoder-0") == "decode"
+
+
+def test_what_is_not_pinned_waits_in_host_memory_as_far_as_it_reaches():
+    plan = plan_experts(100, LAYERS, 4, 900, 500)
+    assert plan.host == (
+        Key("decoder-1", 2),
+        Key("decoder-0", 3),
+        Key("decoder-1", 3),
+        Key("encoder-0", 0),
+        Key("encoder-1", 0),
+    )
+    assert (plan.num_disk, plan.host_bytes) == (16 - 5 - 5, 500)
+
+
+@given(budget=st.integers(2, 40), host=st.integers(0, 40), per_layer=st.integers(2, 9))
+def test_no_plan_exceeds_its_budgets_or_places_an_expert_twice(budget, host, per_layer):
+    plan = plan_experts(100, LAYERS, per_layer, budget * 100, host * 100)
+    assert plan.arena_bytes <= budget * 100
+    assert plan.host_bytes <= host * 100
+    assert len({*plan.pinned, *plan.host}) == len(plan.pinned) + len(plan.host)
+    assert plan.num_disk >= 0
+    for layer in LAYERS:  # whatever is not pinned has slots to pass through
+        whole = all(Key(layer, e) in plan.pinned for e in range(per_layer))
+        assert whole or plan.zones[plan.zone(layer)] >= 2
 
 
 def test_a_budget_that_is_too_small_does_the_sum():
     with pytest.raises(BudgetTooSmall, match="199 bytes hold 1 experts of 100 bytes; .* 200 bytes"):
-        plan_experts(199, 100, LAYERS, 4)
+        plan_experts(100, LAYERS, 4, 199)

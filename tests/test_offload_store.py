@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from offload.errors import StoreError
-from offload.store import (
-    PAGE_BYTES,
-    BlobLayout,
-    StoreWriter,
-    TensorSpec,
-    create_store,
-    make_layout,
-    open_store,
-)
+from offload.errors import ReadCancelled, StoreError
+from offload.layout import PAGE_BYTES, layout_from_json, make_layout
+from offload.store import CHUNK_BYTES, StoreWriter, create_store, open_store
 
 LAYOUT = make_layout({"norm": ("F16", (100,)), "wi_0": ("BF16", (40, 70)), "wo": ("F32", (3, 5))})
 NUM_EXPERTS = 3
@@ -207,7 +200,7 @@ def test_wrong_metadata(path, key, value, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"quantization": "int3"}, "quantization 'int3' is unknown"),
+        ({"quantization": "int3"}, "'int3' is unknown; known: none, int8, int4; upgrade InfMoE"),
         ({"blob_bytes": 8191}, "no multiple of 4096"),
         ({"blob_bytes": 8192.0}, "no multiple of 4096"),
         ({"blob_bytes": 4096}, "do not fit a blob of 4096"),
@@ -227,6 +220,7 @@ def test_wrong_layout(path, change, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"name": ["norm"]}, "which is no text"),
         ({"dtype": "F8"}, "dtype 'F8' is unknown"),
         ({"nbytes": 100}, "100 bytes do not fit its shape"),
         ({"shape": [-10, -10]}, "no whole number"),
@@ -235,11 +229,18 @@ def test_wrong_layout(path, change, reason):
     ],
 )
 def test_wrong_tensor_spec(change, reason):
-    good = {"name": "norm", "dtype": "F16", "shape": (100,), "offset": 0, "nbytes": 200}
-    second = TensorSpec(name="wo", dtype="F16", shape=(1,), offset=100, nbytes=2)
-    spec = TensorSpec(**{**good, **change, "shape": tuple(change.get("shape", (100,)))})
+    good = {"name": "norm", "dtype": "F16", "shape": [100], "offset": 0, "nbytes": 200}
+    second = {"name": "wo", "dtype": "F16", "shape": [1], "offset": 100, "nbytes": 2}
+    values = {"tensors": [{**good, **change}, second], "blob_bytes": PAGE_BYTES}
     with pytest.raises(ValueError, match=reason):
-        BlobLayout(tensors=(spec, second), blob_bytes=PAGE_BYTES)
+        layout_from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_a_layout_survives_json(quantization):
+    layout = make_layout({"wo": ("I8", (3, 5)), "wo_scale": ("BF16", (3,))}, quantization)
+    assert layout_from_json(layout.to_json()) == layout
+    assert layout.quantization == quantization
 
 
 def test_misaligned_data(path):
@@ -295,12 +296,57 @@ def test_checksum_is_verified_on_the_first_read_only(path):
             store.verify(1, store.read_blob(1))
 
 
-def test_file_that_shrinks_while_open(path):
+@pytest.mark.parametrize("bypass_cache", [False, True])
+def test_file_that_shrinks_while_open(path, bypass_cache):
+    aligned = np.frombuffer(mmap.mmap(-1, LAYOUT.blob_bytes), np.uint8)
     with open_store(path) as store:
+        if bypass_cache:
+            store.bypass_cache()
         with path.open("r+b") as file:
             file.truncate(store.offset(2) + 10)
         with pytest.raises(StoreError, match="expert 2: the file ends inside the blob"):
-            store.read_blob(2)
+            store.read_blob(2, aligned)
+
+
+@pytest.fixture(scope="module")
+def long_blobs(tmp_path_factory):
+    """A store whose blobs take three chunks each."""
+    layout = make_layout({"w": ("U8", (2 * CHUNK_BYTES + 5,))})
+    return write_store(tmp_path_factory.mktemp("store") / "s", layout, 2)
+
+
+@pytest.mark.parametrize("bypass_cache", [False, True])
+def test_a_read_is_cancelled_between_chunks(long_blobs, bypass_cache):
+    with open_store(long_blobs) as store:
+        if bypass_cache:
+            store.bypass_cache()
+        whole = store.read_blob(0)
+        for allowed in range(3):
+            answers = [False] * allowed + [True]
+            out = np.zeros_like(whole)
+            with pytest.raises(ReadCancelled, match="expert 0: the read was cancelled"):
+                store.read_blob(0, out, lambda a=answers: a.pop(0))
+            assert answers == []
+            read = allowed * CHUNK_BYTES
+            np.testing.assert_array_equal(out[:read], whole[:read])
+            assert not out[read:].any()
+        asked = []
+        out = store.read_blob(0, None, lambda: bool(asked.append(1)))
+        np.testing.assert_array_equal(out, whole)
+        assert len(asked) == 3
+
+
+def test_a_cancelled_read_verifies_nothing(long_blobs, tmp_path):
+    data = bytearray(long_blobs.read_bytes())
+    data[-5000] ^= 1  # in the last chunk
+    path = tmp_path / "s"
+    path.write_bytes(data)
+    with open_store(path) as store:
+        answers = [False, False, True]
+        with pytest.raises(ReadCancelled):
+            store.read_blob(1, None, lambda: answers.pop(0))
+        with pytest.raises(StoreError, match="expert 1: damaged: checksum"):
+            store.read_blob(1)
 
 
 def test_reader_refuses_wrong_arguments(path):

@@ -18,6 +18,13 @@ Assign = Callable[[Tensor], Tensor]
 class ExpertSource(Protocol):
     """Where the weights of experts come from."""
 
+    def foresee(self, layer: str, x_ND: Tensor) -> None:
+        """Hear what enters a layer, before its experts are asked for.
+
+        A source may guess from it what the layer after it will want.
+        """
+        ...
+
     def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
         """Yield each wanted expert of a layer ('encoder-0') once, in any order.
 
@@ -81,6 +88,7 @@ class MoELayer(nn.Module):
         counts_E = torch.bincount(expert_N, minlength=self.config.num_experts).tolist()
         rows = dict(enumerate(torch.split(order_N, counts_E)))
         wanted = sorted(filter(counts_E.__getitem__, rows), key=lambda expert: -counts_E[expert])
+        experts.foresee(self.name, x_ND)
         rows_seen, parts = [], []
         for expert, weights in experts.stream(self.name, wanted):
             rows_R = rows[expert]
@@ -112,6 +120,9 @@ class ResidentExperts(nn.Module):
                     for name, shape in config.expert_shapes().items()
                 }
             )
+
+    def foresee(self, layer: str, x_ND: Tensor) -> None:
+        """Nothing to do: all experts are there."""
 
     def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
         """Yield the wanted experts in the order given."""
