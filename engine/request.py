@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.errors import RequestError
+from offload.pipeline import PipelineStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -68,7 +69,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a request, with its accounts. Times in seconds."""
+    """The end of a request, with its accounts. Times in seconds.
+
+    `experts` counts what offloading did for it; None where all experts are resident.
+    """
 
     reason: FinishReason
     stop_reason: str | int | None
@@ -78,6 +82,7 @@ class Finished:
     queued_s: float
     encode_s: float
     decode_s: float
+    experts: PipelineStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

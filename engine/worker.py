@@ -5,7 +5,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
 
@@ -247,12 +247,16 @@ class Worker:
         assert self._loaded is not None
         queued_s = perf_counter() - ticket.submitted
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
+        experts = self._loaded.experts
+        before = experts.stats if experts else None
         try:
             for event in generate(model, tokenizer, ticket.request, queued_s=queued_s):
                 if ticket.cancelled.is_set():
                     logger.info("%s cancelled", ticket.request.request_id)
                     return
                 if isinstance(event, Finished):
+                    if experts and before:  # one request at a time: what was counted is its own
+                        event = replace(event, experts=experts.stats - before)
                     self._count(event)
                 ticket.put(event)
         except (EngineError, RuntimeError, ValueError, MemoryError) as error:

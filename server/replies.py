@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.request import Event, Failed, Finished, Piece, Request
 from server.errors import ApiError
-from server.schemas import Choice, Completion, Usage
+from server.schemas import Choice, Completion, Timings, Usage
 
 
 @dataclass(slots=True)
@@ -72,11 +72,11 @@ class Reply:
         """The reply in one piece, when all choices have ended."""
         transcripts = enumerate(self._transcripts)
         choices = [self._last_choice(i, "\n".join(t.spans)) for i, t in transcripts]
-        return self._message(choices, self.usage())
+        return self._message(choices, self.usage(), self.timings())
 
     def usage_chunk(self) -> Completion:
         """The last chunk of a stream that was asked for accounts."""
-        return self._message([], self.usage())
+        return self._message([], self.usage(), self.timings())
 
     def usage(self) -> Usage:
         """Accounts; the samples of one prompt share its tokens."""
@@ -90,15 +90,36 @@ class Reply:
             total_tokens=prompt_tokens + completion_tokens,
         )
 
+    def timings(self) -> Timings:
+        """Where the time went; choices that waited together waited once."""
+        ends = [transcript.end for transcript in self._transcripts if transcript.end]
+        moved = [end.experts for end in ends if end.experts is not None]
+        times = Timings(
+            queued_ms=round(1000 * max(end.queued_s for end in ends), 3),
+            encode_ms=round(1000 * sum(end.encode_s for end in ends), 3),
+            decode_ms=round(1000 * sum(end.decode_s for end in ends), 3),
+        )
+        if not moved:
+            return times
+        counts = {
+            "expert_hits": sum(stats.hits for stats in moved),
+            "expert_misses": sum(stats.misses for stats in moved),
+            "expert_bytes": sum(stats.read_bytes + stats.copied_bytes for stats in moved),
+            "expert_stall_ms": round(1000 * sum(stats.stall_s for stats in moved), 3),
+        }
+        return times.model_copy(update=counts)
+
     def account(self) -> dict[str, object]:
         """What the log line tells of the reply."""
-        usage = self.usage()
+        usage, times = self.usage(), self.timings()
+        moved = {name: value for name, value in times if value is not None and "expert" in name}
         reasons = sorted({t.end.reason for t in self._transcripts if t.end})
         return {
             "choices": len(self._transcripts),
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "finish": ",".join(reasons),
+            **moved,
         }
 
     def _last_choice(self, index: int, text: str) -> Choice:
@@ -115,9 +136,16 @@ class Reply:
             spans=transcript.spans if transcript.num_blanks else None,
         )
 
-    def _message(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+    def _message(
+        self, choices: list[Choice], usage: Usage | None = None, timings: Timings | None = None
+    ) -> Completion:
         return Completion(
-            id=self.id, created=self._created, model=self._model, choices=choices, usage=usage
+            id=self.id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+            timings=timings,
         )
 
 

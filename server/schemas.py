@@ -205,6 +205,21 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class Timings(BaseModel):
+    """An extension: where the time of a request went, in milliseconds over all choices.
+
+    The counts of experts are there where experts are offloaded.
+    """
+
+    queued_ms: float
+    encode_ms: float
+    decode_ms: float
+    expert_hits: int | None = None
+    expert_misses: int | None = None
+    expert_bytes: int | None = Field(default=None, description="Read from disk or host memory.")
+    expert_stall_ms: float | None = None
+
+
 class Completion(BaseModel):
     """Reply of POST /v1/completions, or one chunk of it."""
 
@@ -215,6 +230,7 @@ class Completion(BaseModel):
     system_fingerprint: str | None = None
     choices: list[Choice]
     usage: Usage | None = None
+    timings: Timings | None = None
 
 
 class ErrorDetail(BaseModel):

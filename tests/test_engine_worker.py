@@ -117,6 +117,37 @@ def test_offloaded_experts_are_counted(tmp_path):
     expected = generate(tiny_model(), TOKENIZER, request(max_tokens=6, temperature=1.0, seed=3))
     assert events[:-1] == list(expected)[:-1]
     assert worker.stats().experts.misses > 0
+    assert events[-1].experts == worker.stats().experts  # the only request so far
+    again = run(scenario())[-1].experts
+    assert again.hits + events[-1].experts.hits == worker.stats().experts.hits
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_an_expert_that_cannot_be_read_fails_its_requests_and_the_worker_goes_on(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    file = tmp_path / "m" / "experts-decoder-1.safetensors"
+    data = file.read_bytes()
+
+    def load_with_budget(report):
+        model, experts = load_offloaded(tmp_path / "m", None, 60_000)
+        return LoadedModel(model, TOKENIZER, experts)
+
+    worker = Worker("tiny", load_with_budget)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=6, temperature=1.0, seed=3)))
+
+    before = run(scenario())
+    with file.open("r+b") as opened:
+        opened.truncate(5000)
+    failed = run(scenario())
+    assert isinstance(failed[-1], Failed)
+    with file.open("r+b") as opened:
+        opened.write(data)
+    assert run(scenario())[:-1] == before[:-1]
+    assert worker.state == "ready"
     assert worker.drain(TIMEOUT_S)
 
 

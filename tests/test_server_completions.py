@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from engine.errors import EngineStopped
 from engine.request import Failed, Piece, Request
+from offload.pipeline import PipelineStats
 from server.app import create_app
 from server.replies import Transcript
 from server.schemas import OPENAI_MAX_TOKENS, UNSUPPORTED, CompletionRequest
@@ -64,6 +66,8 @@ def test_reply_has_the_shape_of_openai():
         }
     ]
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["timings"]["encode_ms"] == 0
+    assert body["timings"]["expert_hits"] is None
     assert "x-ignored-fields" not in response.headers
 
 
@@ -255,6 +259,30 @@ def test_stream():
     assert ends == ["stop", "stop"]
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+
+
+def test_timings_tell_what_offloading_cost_over_all_choices(caplog):
+    def script(request):
+        moved = PipelineStats(
+            hits=3, misses=2, host_loads=1, read_bytes=40, copied_bytes=2, stall_s=0.25
+        )
+        end = replace(finished(request), queued_s=0.5, encode_s=1.0, decode_s=2.0, experts=moved)
+        return [Piece("a", (1,)), end]
+
+    with caplog.at_level("INFO"):
+        body = {"prompt": ["a", "b"], "stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = events_of(post(FakeEngine(script), body).text)
+    assert all(chunk["timings"] is None for chunk in chunks)
+    assert last["timings"] == {
+        "queued_ms": 500,
+        "encode_ms": 2000,
+        "decode_ms": 4000,
+        "expert_hits": 6,
+        "expert_misses": 4,
+        "expert_bytes": 84,
+        "expert_stall_ms": 500,
+    }
+    assert "expert_misses=4" in caplog.text
 
 
 def test_stream_without_usage():
