@@ -1,6 +1,7 @@
 """One request from first token to last: what is allowed, which text is final, when to end."""
 
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from time import perf_counter
 
@@ -32,6 +33,7 @@ class Generation:
         self.tokenizer = tokenizer
         self.config = config
         self.prefix = decoder_prefix(request, tokenizer, config)
+        self.counts = Counter(self.prefix)  # of all ids that the decoder has read or made
         self.num_tokens = 0
         self.blank = 0
         self.blank_tokens = 0
@@ -65,6 +67,7 @@ class Generation:
     def push(self, token_id: int) -> list[Piece]:
         """Take the chosen token; returns the text that is final now."""
         self.num_tokens += 1
+        self.counts[token_id] += 1
         if token_id in self._ends:
             return self._end("stop", token_id)
         if (index := self._mark(token_id)) is not None:
@@ -131,7 +134,7 @@ def generate(
     while row.finish is None:
         hidden_BTD = model.step(tokens_BT, cache)
         logits_V = row.ban(model.logits(hidden_BTD[0, -1]))
-        token_id = choose_token(logits_V, params, generator)
+        token_id = choose_token(logits_V, params, generator, row.counts)
         yield from row.push(token_id)
         tokens_BT = torch.tensor([[token_id]], device=device)
     yield Finished(

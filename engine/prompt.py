@@ -50,6 +50,10 @@ def build_request(
     limit = config.max_positions * LENGTH_FACTOR
     if params.max_tokens > limit:  # the cache is allocated for all of them
         raise RequestError(f"max_tokens is {params.max_tokens}; the limit is {limit}", "max_tokens")
+    if unknown := [i for i, _ in params.logit_bias if i >= config.vocab_size]:
+        raise RequestError(
+            f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "logit_bias"
+        )
     if isinstance(prompt, str):
         if len(prompt) > limit * MAX_TOKEN_CHARS:
             raise PromptTooLong(

@@ -1,4 +1,9 @@
-"""Choosing the next token of a row."""
+"""Choosing the next token of a row: penalties on its history, filters of the unlikely, the draw.
+
+Order and definitions are those of transformers' generation, which the tests hold this to.
+"""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -9,28 +14,103 @@ from engine.request import SamplingParams
 MIN_TEMPERATURE = 1e-6  # below it scores overflow fp32, and long before it only the best is drawn
 
 
-def choose_token(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Draw one token from scores (V,).
+def choose_token(
+    logits_V: Tensor,
+    params: SamplingParams,
+    generator: torch.Generator,
+    counts: Mapping[int, int] | None = None,
+) -> int:
+    """Draw one token from scores (V,); `counts` tells how often each id stands in the row so far.
 
-    Temperature, then top-k, then top-p; temperature 0 is greedy.
-
-    Banned tokens have the score -inf. The lowest id wins a greedy tie; top-k keeps all that tie
-    with the k-th. Top-p keeps the smallest set of the most likely tokens whose probabilities reach
-    top_p, at least one.
+    Penalties and biases, temperature, top-k, top-p, min-p, typical-p, in this order; temperature 0
+    is greedy. Banned tokens have the score -inf and never come. The lowest id wins a greedy tie.
 
     Raises EngineError if the best score is not finite: the model overflowed, or all is banned.
     """
-    if not logits_V.max().isfinite():  # of NaN, max and argmax alike take the NaN
+    scores_V = penalize(logits_V, params, counts or {})
+    if not scores_V.max().isfinite():  # of NaN, max and argmax alike take the NaN
         raise EngineError("the model gave scores that are not finite")
     if params.temperature == 0:
-        return int(logits_V.argmax())
-    scores_V = logits_V.float() / max(params.temperature, MIN_TEMPERATURE)
-    if 0 < params.top_k < len(scores_V):
-        smallest_kept = scores_V.topk(params.top_k).values[-1]
-        scores_V = scores_V.masked_fill(scores_V < smallest_kept, -torch.inf)
-    probs_V = scores_V.softmax(-1)
-    if params.top_p < 1:
-        sorted_V, ids_V = probs_V.sort(descending=True, stable=True)
-        before_V = sorted_V.cumsum(-1) - sorted_V
-        probs_V[ids_V[before_V >= params.top_p]] = 0.0
+        return int(scores_V.argmax())
+    probs_V = filter_scores(scores_V.float(), params).softmax(-1)
     return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def penalize(logits_V: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
+    """Scores (V,) changed by what the row holds already, and by the biases of its request.
+
+    repetition: positive scores of ids that occurred are divided by it, negative ones multiplied;
+    presence: subtracted once from the score of each id that occurred; frequency: as often as it
+    occurred. The argument is left as it is.
+    Source: CTRL (arXiv:1909.05858) s4.1 for repetition; OpenAI's API reference for the others.
+    """
+    if not (params.has_penalties and counts) and not params.logit_bias:
+        return logits_V
+    scores_V = logits_V.float().clone()
+    if counts and params.has_penalties:
+        ids = torch.tensor(list(counts), device=scores_V.device)
+        times = torch.tensor(list(counts.values()), device=scores_V.device)
+        seen = scores_V[ids]
+        by = params.repetition_penalty
+        seen = torch.where(seen < 0, seen * by, seen / by)
+        scores_V[ids] = seen - params.presence_penalty - params.frequency_penalty * times
+    for token_id, bias in params.logit_bias:
+        scores_V[token_id] += bias
+    return scores_V
+
+
+def filter_scores(scores_V: Tensor, params: SamplingParams) -> Tensor:
+    """Scores (V,), fp32, over the temperature, with -inf where a filter drops the token."""
+    scores_V = scores_V / max(params.temperature, MIN_TEMPERATURE)
+    if 0 < params.top_k < len(scores_V):
+        scores_V = keep_top_k(scores_V, params.top_k)
+    if params.top_p < 1:
+        scores_V = keep_top_p(scores_V, params.top_p)
+    if params.min_p > 0:
+        scores_V = keep_min_p(scores_V, params.min_p)
+    if params.typical_p < 1:
+        scores_V = keep_typical(scores_V, params.typical_p)
+    return scores_V
+
+
+def keep_top_k(scores_V: Tensor, top_k: int) -> Tensor:
+    """Keep the k best, and all that tie with the k-th."""
+    smallest_kept = scores_V.topk(top_k).values[-1]
+    return scores_V.masked_fill(scores_V < smallest_kept, -torch.inf)
+
+
+def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of the likeliest tokens whose probabilities reach top_p; at least one.
+
+    Source: nucleus sampling (arXiv:1904.09751).
+    """
+    sorted_V, ids_V = scores_V.softmax(-1).sort(descending=True, stable=True)
+    before_V = sorted_V.cumsum(-1) - sorted_V
+    return scores_V.index_fill(-1, ids_V[before_V >= top_p], -torch.inf)
+
+
+def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:
+    """Keep tokens at least min_p times as likely as the likeliest.
+
+    Source: arXiv:2407.01082.
+    """
+    probs_V = scores_V.softmax(-1)
+    return scores_V.masked_fill(probs_V < min_p * probs_V.max(), -torch.inf)
+
+
+def keep_typical(scores_V: Tensor, typical_p: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, until they weigh typical_p.
+
+    Source: locally typical sampling (arXiv:2202.00666).
+    """
+    log_probs_V = scores_V.log_softmax(-1)
+    entropy = -(log_probs_V * log_probs_V.exp()).nansum()
+    distance_V, ids_V = (-log_probs_V - entropy).abs().sort(stable=True)
+    total_V = scores_V[ids_V].softmax(-1).cumsum(-1)
+    last = min(int((total_V < typical_p).sum()), len(scores_V) - 1)
+    return scores_V.index_fill(-1, ids_V[distance_V > distance_V[last]], -torch.inf)
+
+
+def log_probs_of(logits_V: Tensor) -> Tensor:
+    """Log-probabilities (V,), fp32, of the model's own scores, before anything is done to them."""
+    return logits_V.float().log_softmax(-1)

@@ -20,6 +20,7 @@ MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 OPENAI_MAX_TOKENS = 16
 MAX_NAMED_FIELDS = 20
+MAX_BIASES = 300
 
 # Known fields that do not work yet, each with the values that ask for nothing. Null is always one.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -27,23 +28,17 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logprobs": (),
-    "min_p": (0,),
     "min_tokens": (0,),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "stop_token_ids": ([],),
     "structured_outputs": (),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
-    "typical_p": (1,),
     "use_beam_search": (False,),
 }
 
@@ -80,6 +75,15 @@ StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 Stop = Annotated[
     StopText | StopTexts,
     one_finding(f"takes a string or up to {MAX_STOP_STRINGS} strings of 1 to 1000 characters"),
+]
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+LogitBias = Annotated[
+    dict[TokenName, Bias],
+    Field(max_length=MAX_BIASES),
+    one_finding(f"takes up to {MAX_BIASES} token ids, each with a number of -100 to 100"),
 ]
 
 
@@ -123,6 +127,24 @@ class CompletionRequest(Body):
     top_k: int = Field(
         default=0, ge=-1, le=MAX_INT32, description="Tokens to keep; 0 or -1 keeps all (extension)."
     )
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Least share of the likeliest's probability."
+    )
+    typical_p: float = Field(
+        default=1.0, gt=0, le=1, description="Share of typical tokens to keep."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, le=10, description="Divides the scores of tokens that occurred."
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Taken off the score of each token that occurred."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, as often as it occurred."
+    )
+    logit_bias: LogitBias = Field(
+        default={}, description="Added to scores, by token id; -100 to 100, up to 300 ids."
+    )
     n: int = Field(default=1, ge=1, le=MAX_INT32, description="Choices for each prompt.")
     seed: int | None = Field(
         default=None,
@@ -153,6 +175,12 @@ class CompletionRequest(Body):
             temperature=self.temperature,
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             seed=None if self.seed is None else self.seed + sample,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )

@@ -198,6 +198,19 @@ def test_greedy_generation_equals_recomputing_everything_for_each_token():
     assert len(tokens) >= 3
 
 
+def test_penalties_count_what_the_row_holds():
+    model = tiny_model(seed=9)
+
+    def tokens(**params):
+        return run(model, request("abc", max_tokens=30, **params))[0]
+
+    free = tokens()
+    assert (len(free), len(set(free))) == (30, 1)  # this one says the same again and again
+    penalized = tokens(repetition_penalty=10.0, presence_penalty=2.0)
+    assert len(penalized) == len(set(penalized)) > 1
+    assert tokens(logit_bias=((70, 100.0),)) == [70] * 30
+
+
 def test_sampling_repeats_with_its_seed_and_tells_a_seed_it_drew():
     model = tiny_model(seed=4)
     asked = request("some text", max_tokens=16, temperature=1.5)

@@ -1,9 +1,15 @@
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation import logits_process as hf
 
 from engine.errors import EngineError
 from engine.request import SamplingParams
-from engine.sampling import choose_token
+from engine.sampling import choose_token, filter_scores, log_probs_of, penalize
 
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
@@ -87,3 +93,108 @@ def test_the_same_seed_gives_the_same_draws():
         for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5))
     ]
     assert draws[0] == draws[1]
+
+
+SCORES = torch.tensor([[0.0, 3.0, -1.0, 2.5, 2.5, -4.0, 0.25, 1.0]])
+FLOATS = st.floats(-8, 8, width=32).filter(lambda x: abs(x) > 1e-3)
+ROWS = st.lists(FLOATS, min_size=3, max_size=24, unique=True)
+
+
+def transformers_filters(scores_1V, params):
+    """The warpers of transformers, in the order in which its generate applies them."""
+    chain = [hf.TemperatureLogitsWarper(params.temperature)]
+    if params.top_k:
+        chain.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chain.append(hf.TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        chain.append(hf.MinPLogitsWarper(params.min_p))
+    if params.typical_p < 1:
+        chain.append(hf.TypicalLogitsWarper(params.typical_p))
+    for warper in chain:
+        scores_1V = warper(torch.zeros(1, 1, dtype=torch.int64), scores_1V)
+    return scores_1V[0]
+
+
+@given(
+    row=ROWS,
+    temperature=st.floats(0.1, 2),
+    top_k=st.integers(0, 30),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 0.9),
+)
+def test_filters_equal_those_of_transformers(row, temperature, top_k, top_p, min_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = torch.tensor(row)
+    got = filter_scores(scores, params)
+    expected = transformers_filters(scores.unsqueeze(0), params)
+    if torch.equal(got.isinf(), expected.isinf()):
+        torch.testing.assert_close(got, expected)
+    else:  # a sum of probabilities lies at top_p to within its rounding
+        probs = filter_scores(scores, replace(params, top_p=1.0, min_p=0.0)).softmax(-1)
+        sums = probs.sort(descending=True).values.cumsum(-1)
+        assert (sums - top_p).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("typical_p", [0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("seed", range(5))
+def test_typical_sampling_equals_that_of_transformers(typical_p, seed):
+    scores = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * 3
+    params = SamplingParams(temperature=1.0, typical_p=typical_p)
+    expected = transformers_filters(scores.unsqueeze(0), params)
+    torch.testing.assert_close(filter_scores(scores, params), expected)
+    assert 0 < expected.isinf().sum() < 200
+
+
+@given(
+    row=ROWS,
+    history=st.lists(st.integers(0, 2), max_size=8),
+    penalty=st.floats(0.2, 5),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+)
+def test_penalties_equal_their_definitions(row, history, penalty, presence, frequency):
+    scores = torch.tensor(row)
+    params = SamplingParams(
+        repetition_penalty=penalty, presence_penalty=presence, frequency_penalty=frequency
+    )
+    before = scores.clone()
+    got = penalize(scores, params, Counter(history))
+    assert torch.equal(scores, before)
+    expected = scores.unsqueeze(0)
+    if history:
+        processor = hf.RepetitionPenaltyLogitsProcessor(penalty)
+        expected = processor(torch.tensor([history]), expected)
+    expected = expected[0]
+    for token_id, times in Counter(history).items():
+        expected[token_id] -= presence + frequency * times
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_bias_is_added_and_can_ban_or_force():
+    params = SamplingParams(logit_bias=((1, -100.0), (5, 50.0)))
+    assert choose_token(SCORES[0], params, torch.Generator()) == 5
+    got = penalize(SCORES[0], params, {})
+    torch.testing.assert_close(got - SCORES[0], torch.tensor([0, -100.0, 0, 0, 0, 50, 0, 0]))
+
+
+def test_a_banned_token_stays_banned_whatever_the_penalties():
+    scores = torch.tensor([1.0, -torch.inf, 0.5])
+    params = SamplingParams(
+        temperature=1.0, repetition_penalty=0.5, presence_penalty=-2.0, logit_bias=((1, 100.0),)
+    )
+    assert penalize(scores, params, {1: 3})[1] == -torch.inf
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_work_on_greedy_and_on_drawn_tokens(temperature):
+    params = SamplingParams(temperature=temperature, presence_penalty=2.0, top_k=1)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([1.0, 2.0, 0.0])
+    assert choose_token(scores, params, generator, {1: 1}) == 0
+    assert choose_token(scores, params, generator, {}) == 1
+
+
+def test_log_probabilities_are_those_of_the_model():
+    torch.testing.assert_close(log_probs_of(PROBS.log().bfloat16()).exp().sum(), torch.tensor(1.0))
+    torch.testing.assert_close(log_probs_of(PROBS.log() + 7), PROBS.log())

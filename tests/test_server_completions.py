@@ -83,10 +83,14 @@ def test_defaults_are_those_of_openai():
 def test_parameters_reach_the_engine():
     engine = FakeEngine()
     given = {"max_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -4}
-    post(engine, {"prompt": "ab", "stop": ["x", "yy"], **given})
+    given |= {"min_p": 0.25, "typical_p": 0.5, "repetition_penalty": 1.5}
+    given |= {"presence_penalty": -1, "frequency_penalty": 2}
+    biases = {"7": -100, "19": 2.5}
+    post(engine, {"prompt": "ab", "stop": ["x", "yy"], "logit_bias": biases, **given})
     params = engine.submitted[0].params
     assert {name: getattr(params, name) for name in given} == given
     assert params.stop == ("x", "yy")
+    assert params.logit_bias == ((7, -100.0), (19, 2.5))
 
 
 def test_one_stop_text_and_top_k_off():
@@ -143,6 +147,14 @@ def test_null_means_absent(name):
         *(("temperature", value) for value in (-0.1, 2.1, "1", True)),
         *(("top_p", value) for value in (0, 1.1, "1")),
         *(("top_k", value) for value in (-2, 2**31, 1.0)),
+        *(("min_p", value) for value in (-0.1, 1.1, "0")),
+        *(("typical_p", value) for value in (0, 1.1)),
+        *(("repetition_penalty", value) for value in (0, -1, 11)),
+        *(("presence_penalty", value) for value in (-2.1, 2.1)),
+        *(("frequency_penalty", value) for value in (-2.1, 2.1)),
+        *(("logit_bias", value) for value in ([], {"x": 1}, {"-1": 1}, {"1": 101}, {"1": "1"})),
+        ("logit_bias", {str(i): 1 for i in range(301)}),
+        ("logit_bias", {"384": 1}),
         *(("n", value) for value in (0, -1, 65, 10**9, 10**30)),
         *(("seed", value) for value in (2**63, -(2**63) - 1, 1.5, "1")),
         *(("stop", value) for value in ("", [""], 1, ["a"] * 17, ["a", 1], "x" * 1001)),
