@@ -5,6 +5,7 @@ vocabulary. Segments number the documents packed into one row, from 1; 0 is padd
 with one document.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,16 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(config)
 
-    def transform(self, x: Tensor, experts: ExpertSource | None) -> Tensor:
-        """The feed-forward half of the block."""
+    def transform(
+        self, x: Tensor, experts: ExpertSource | None, real: Tensor | None = None
+    ) -> Tensor:
+        """The feed-forward half of the block.
+
+        With `real` (of x's leading dimensions, bool) the other positions, which are padding, stay
+        as they are: they are not routed and cost nothing.
+        """
+        if real is not None:
+            return x.masked_scatter(real.unsqueeze(-1), self.transform(x[real], experts))
         if experts is None:
             return self.feed_forward(x)  # type: ignore[no-any-return]
         return self.moe(x, experts)  # type: ignore[no-any-return]
@@ -107,13 +116,27 @@ class Transformer(nn.Module):
 
     def encode(self, tokens_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """Run the encoder. Returns (B, S, D), normed; rows of padding hold no meaning."""
+        layers = self.encode_layers(tokens_BS, segments_BS)
+        while True:
+            try:
+                next(layers)
+            except StopIteration as end:
+                encoded_BSD: Tensor = end.value
+                return encoded_BSD
+
+    def encode_layers(
+        self, tokens_BS: Tensor, segments_BS: Tensor
+    ) -> Generator[None, None, Tensor]:
+        """The same, layer by layer: yields after each, so that others may compute in between."""
         x_BSD = self.embedding(tokens_BS)
         positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         same_B1SS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)).unsqueeze(1)
         bias = self.encoder.relative_bias(positions_S, positions_S)
         bias = bias + mask_bias(same_B1SS, bias.dtype)
+        real_BS = real_positions(segments_BS)
         for block in self.encoder.blocks():
-            x_BSD = block.transform(block.self_attention(x_BSD, bias), self.experts)
+            x_BSD = block.transform(block.self_attention(x_BSD, bias), self.experts, real_BS)
+            yield
         return self.encoder.norm(x_BSD)  # type: ignore[no-any-return]
 
     def decode(
@@ -131,11 +154,12 @@ class Transformer(nn.Module):
         bias = bias + mask_bias((same_BTT & causal_TT).unsqueeze(1), bias.dtype)
         cross_BTS = segments_BT.unsqueeze(2) == segments_BS.unsqueeze(1)
         cross_bias = mask_bias(cross_BTS.unsqueeze(1), bias.dtype)
+        real_BT = real_positions(segments_BT)
         for block in self.decoder.blocks():
             x_BTD = block.self_attention(x_BTD, bias)
             keys, values = block.cross_attention.project(encoded_BSD)
             x_BTD = block.cross_attention(x_BTD, keys, values, cross_bias)
-            x_BTD = block.transform(x_BTD, self.experts)
+            x_BTD = block.transform(x_BTD, self.experts, real_BT)
         return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
 
     def start_cache(self, encoded_BSD: Tensor, segments_BS: Tensor, capacity: int) -> DecoderCache:
@@ -197,6 +221,12 @@ class Transformer(nn.Module):
         """Teacher-forced logits (B, T, V)."""
         encoded_BSD = self.encode(tokens_BS, segments_BS)
         return self.logits(self.decode(tokens_BT, segments_BT, encoded_BSD, segments_BS))
+
+
+def real_positions(segments: Tensor) -> Tensor | None:
+    """Where a document is and not padding, as bool; None if there is no padding."""
+    real = segments > 0
+    return None if bool(real.all()) else real
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -1,0 +1,144 @@
+"""The engine: texts go through the encoder in sweeps, rows decode in a batch, turn by turn."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from engine.batch import ROW_ERRORS, Batch, Row, make_row
+from engine.model.transformer import Transformer
+from engine.request import Event, Failed, Finished, Request
+from engine.scheduler import Demand, Limits, Scheduler
+from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A request in the engine; `is_cancelled` tells that nobody waits for it any more."""
+
+    request: Request
+    is_cancelled: Callable[[], bool] = lambda: False
+    submitted: float = field(default_factory=perf_counter)
+
+
+@dataclass(slots=True)
+class Sweep:
+    """Texts on their way through the encoder, each text once, however many jobs read it."""
+
+    jobs: list[Job]
+    texts: list[tuple[int, ...]]
+    layers: Generator[None, None, Tensor]
+    began: float = field(default_factory=perf_counter)
+
+
+class Engine:
+    """Carries out requests together. For one thread; `turn` is the whole of it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch = Batch(model)
+        self._jobs: dict[Row, Job] = {}
+        self._sweep: Sweep | None = None
+        self._retries: deque[Job] = deque()  # texts that failed together go again alone
+        self.scheduler: Scheduler[Job] = Scheduler(limits)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being encoded or decoded."""
+        return len(self._batch) + len(self._retries) + (len(self._sweep.jobs) if self._sweep else 0)
+
+    def add(self, job: Job) -> None:
+        """Queue a request."""
+        request = job.request
+        demand = Demand(
+            source_tokens=len(request.encoder_ids),
+            max_tokens=request.params.max_tokens,
+            arrived=job.submitted,
+        )
+        self.scheduler.add(demand, job)
+
+    @torch.inference_mode()
+    def turn(self) -> list[tuple[Job, Event]]:
+        """Let in, go on by one layer of the encoder and one token of each row; say what happened.
+
+        Each job's last event is Finished or Failed; a job that is cancelled has no more events.
+        """
+        self._forget_cancelled()
+        self._begin_sweep()
+        told = self._encode_layer()
+        return told + self._tell(self._batch.step())
+
+    def _forget_cancelled(self) -> None:
+        self.scheduler.drop(lambda _, job: job.is_cancelled())
+        for row, job in list(self._jobs.items()):
+            if job.is_cancelled():
+                self._batch.leave(row)
+                del self._jobs[row]
+
+    def _begin_sweep(self) -> None:
+        if self._sweep is not None:
+            return
+        if self._retries:
+            jobs = [self._retries.popleft()]
+        else:
+            jobs = self.scheduler.next_sweep(perf_counter(), self.running)
+        if not jobs:
+            return
+        texts = list(dict.fromkeys(job.request.encoder_ids for job in jobs))
+        longest = max(map(len, texts))
+        device = self._model.embedding.weight.device
+        pad = self._model.config.pad_token_id
+        tokens_BS = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
+        lengths_B1 = torch.tensor([[len(text)] for text in texts])
+        segments_BS = (torch.arange(longest) < lengths_B1).long()
+        layers = self._model.encode_layers(tokens_BS.to(device), segments_BS.to(device))
+        self._sweep = Sweep(jobs, texts, layers)
+
+    def _encode_layer(self) -> list[tuple[Job, Event]]:
+        """Go on with the sweep; when it is through, its jobs join the batch."""
+        sweep = self._sweep
+        if sweep is None:
+            return []
+        try:
+            next(sweep.layers)
+        except StopIteration as end:
+            self._sweep = None
+            return self._join(sweep, end.value)
+        except ROW_ERRORS as error:
+            self._sweep = None
+            if len(sweep.jobs) > 1:
+                self._retries += sweep.jobs
+                return []
+            logger.exception("%s failed in the encoder", sweep.jobs[0].request.request_id)
+            text = f"the engine could not read the prompt: {type(error).__name__}"
+            return [(sweep.jobs[0], Failed(text))]
+        return []
+
+    def _join(self, sweep: Sweep, encoded_BSD: Tensor) -> list[tuple[Job, Event]]:
+        encode_s = perf_counter() - sweep.began
+        rows, which = [], []
+        for job in sweep.jobs:
+            if job.is_cancelled():
+                continue
+            row = make_row(job.request, self._model, self._tokenizer)
+            row.queued_s, row.encode_s = sweep.began - job.submitted, encode_s
+            self._jobs[row] = job
+            rows.append(row)
+            which.append(sweep.texts.index(job.request.encoder_ids))
+        return self._tell(self._batch.join(rows, encoded_BSD, which)) if rows else []
+
+    def _tell(self, outcomes: list[tuple[Row, list[Event]]]) -> list[tuple[Job, Event]]:
+        told = []
+        for row, events in outcomes:
+            job = self._jobs[row]
+            told += [(job, event) for event in events]
+            if events and isinstance(events[-1], Finished | Failed):
+                del self._jobs[row]
+        return told

@@ -1,0 +1,250 @@
+"""Requests together give what they give alone, however they come, go and fail."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cache import STEP, RowCache
+from engine.engine import Engine, Job
+from engine.errors import CheckpointError
+from engine.generation import generate
+from engine.prompt import build_request
+from engine.request import Failed, Finished, Piece, SamplingParams
+from engine.scheduler import Limits
+from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
+
+TOKENIZER = byte_tokenizer()
+# in double precision no two scores are so near that the order of sums decides between them
+MODELS = {config: tiny_model(config, seed=5).double() for config in (MOE, DENSE)}
+
+
+def make_request(text="hello", config=MOE, fill=False, name="r", **params):
+    return build_request(text, TOKENIZER, config, SamplingParams(**params), name, fill=fill)
+
+
+def run(engine, arrivals, cancel_at=None):
+    """Give jobs to the engine at their turns; returns the events of each."""
+    events = {job: [] for jobs in arrivals.values() for job in jobs}
+    turn = 0
+    while turn <= max(arrivals) or engine.running or len(engine.scheduler):
+        for job in arrivals.get(turn, ()):
+            engine.add(job)
+        for job, event in engine.turn():
+            events[job].append(event)
+        if cancel_at and turn in cancel_at:
+            cancel_at[turn].append(True)
+        turn += 1
+        assert turn < 2000, "the engine does not come to an end"
+    return events
+
+
+def alone(model, request):
+    return list(generate(model, TOKENIZER, request))
+
+
+def pieces(events):
+    return [event for event in events if isinstance(event, Piece)]
+
+
+def without_times(event):
+    names = ("reason", "stop_reason", "prompt_tokens", "completion_tokens", "seed")
+    return tuple(getattr(event, name) for name in names)
+
+
+TEXTS = st.text("abc <", min_size=1, max_size=30)
+PLANS = st.lists(
+    st.tuples(
+        TEXTS,
+        st.booleans(),
+        st.integers(1, 12),
+        st.sampled_from([0.0, 1.0, 1.7]),
+        st.integers(0, 12),
+        st.one_of(st.none(), st.integers(0, 20)),
+        st.sampled_from([(), ("a",), ("\x00",), ("bc", "q")]),
+        st.sampled_from([{}, {"top_k": 4}, {"min_p": 0.2, "presence_penalty": 1.0}]),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=500)
+@given(
+    plans=PLANS,
+    max_rows=st.integers(1, 5),
+    sweep=st.integers(1, 60),
+    config=st.sampled_from([MOE, DENSE]),
+)
+def test_together_equals_alone(plans, max_rows, sweep, config):
+    model = MODELS[config]
+    engine = Engine(
+        model, TOKENIZER, Limits(max_rows=max_rows, max_sweep_tokens=sweep, window_s=0.0)
+    )
+    jobs, cancel_at, arrivals = [], {}, {}
+    for number, (text, fill, length, temperature, turn, cancel, stop, more) in enumerate(plans):
+        if fill:
+            text = f"{text}<span>x<span>"
+        request = make_request(
+            text,
+            config,
+            fill,
+            str(number),
+            max_tokens=length,
+            temperature=temperature,
+            seed=number,
+            stop=stop,
+            **more,
+        )
+        flags = []
+        job = Job(request, is_cancelled=lambda flags=flags: bool(flags))
+        jobs.append((job, cancel))
+        arrivals.setdefault(turn, []).append(job)
+        if cancel is not None:
+            cancel_at[cancel] = flags
+    events = run(engine, arrivals, cancel_at)
+    for job, cancel in jobs:
+        expected, got = alone(model, job.request), events[job]
+        if cancel is None or (got and isinstance(got[-1], Finished)):
+            assert pieces(got) == pieces(expected)
+            assert without_times(got[-1]) == without_times(expected[-1])
+            assert len([e for e in got if isinstance(e, Finished | Failed)]) == 1
+        else:
+            assert got == expected[: len(got)]
+    assert engine.running == 0
+
+
+def test_equal_texts_go_through_the_encoder_once():
+    model = MODELS[DENSE]
+    sizes = []
+    inner = model.encode_layers
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def encode_layers(self, tokens, segments):
+            sizes.append(tuple(tokens.shape))
+            return inner(tokens, segments)
+
+    engine = Engine(Counting(), TOKENIZER, Limits())
+    jobs = [Job(make_request("same", DENSE, max_tokens=4, seed=i)) for i in range(6)]
+    run(engine, {0: jobs})
+    assert sizes == [(1, 5)]
+
+
+class FailingExperts:
+    """Cannot read one expert while it is told so."""
+
+    def __init__(self, experts, fails):
+        self.experts, self.fails = experts, fails
+
+    def foresee(self, layer, x):
+        pass
+
+    def stream(self, layer, wanted):
+        if self.fails(layer, wanted):
+            raise CheckpointError(f"{layer}: cannot be read")
+        return self.experts.stream(layer, wanted)
+
+
+def broken_model(fails):
+    model = tiny_model(MOE, seed=5).double()
+    experts = model.experts
+    del model.experts
+    model.experts = FailingExperts(experts, fails)
+    return model
+
+
+def first_expert(model, request, layer):
+    """The expert of a layer that the first step of a request wants."""
+    seen = []
+    broken = broken_model(lambda name, wanted: seen.append((name, tuple(wanted))))
+    next(generate(broken, TOKENIZER, request), None)
+    return next(wanted for name, wanted in seen if name == layer)
+
+
+@pytest.mark.parametrize("layer", ["encoder-1", "decoder-1"])
+def test_an_expert_that_cannot_be_read_fails_only_those_that_need_it(layer):
+    model = MODELS[MOE]
+    requests = [
+        make_request(text, name=text, max_tokens=5, temperature=1.0, seed=1)
+        for text in ("first", "second one", "the third of them")
+    ]
+    bad = set(first_expert(model, requests[0], layer))
+    broken = broken_model(lambda name, wanted: name == layer and bad & set(wanted))
+    engine = Engine(broken, TOKENIZER, Limits(max_rows=8))
+    jobs = [Job(request) for request in requests]
+    events = run(engine, {0: jobs})
+    assert isinstance(events[jobs[0]][-1], Failed)
+    for job in jobs:
+        try:
+            expected = list(generate(broken, TOKENIZER, job.request))
+        except CheckpointError:
+            assert isinstance(events[job][-1], Failed)
+        else:
+            assert pieces(events[job]) == pieces(expected)
+    assert engine.running == 0
+
+
+def test_a_failure_that_passes_is_retried_row_by_row_and_nobody_notices():
+    left = [3]
+
+    def fails(layer, wanted):
+        if layer == "decoder-1" and len(wanted) > 1 and left[0]:
+            left[0] -= 1
+            return True
+        return False
+
+    model = broken_model(fails)
+    requests = [make_request(t, name=t, max_tokens=6, seed=1) for t in ("one", "two", "three a")]
+    jobs = [Job(request) for request in requests]
+    events = run(Engine(model, TOKENIZER, Limits()), {0: jobs})
+    assert left[0] < 3
+    for job in jobs:
+        assert pieces(events[job]) == pieces(alone(MODELS[MOE], job.request))
+
+
+def test_scores_that_are_not_finite_fail_their_row_only():
+    model = tiny_model(MOE, seed=5).double()
+    inner = model.logits
+
+    class Spoiled:
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def logits(self, hidden):
+            scores = inner(hidden).clone()
+            scores[0] = torch.nan
+            return scores
+
+    jobs = [Job(make_request(t, name=t, max_tokens=3)) for t in ("one", "two")]
+    events = run(Engine(Spoiled(), TOKENIZER, Limits()), {0: jobs})
+    ends = [events[job][-1] for job in jobs]
+    assert any(isinstance(end, Failed) and "not finite" in end.message for end in ends)
+
+
+@torch.no_grad()
+def test_rows_leave_and_join_without_disturbing_the_others():
+    model = MODELS[DENSE]
+    cache = RowCache(model)
+    encoded = [model.encode(random_ids(1, n, n), torch.ones(1, n)) for n in (3, STEP + 5, 4)]
+    caches = []
+    for encoded_1SD in encoded:
+        cache.append(encoded_1SD, [encoded_1SD.shape[1]], [10])
+        ones = torch.ones(encoded_1SD.shape[:2])
+        caches.append(model.start_cache(encoded_1SD, ones, 10))
+    tokens = random_ids(3, 6, 1)
+    for position in range(2):
+        model.step(tokens[:, position : position + 1], cache.view())
+    cache.remove(0)
+    assert len(cache) == 2
+    cache.append(encoded[0], [3], [STEP + 1])  # the arenas grow
+    for row, text in ((0, 2), (1, 1)):  # the last took the place of the first
+        model.step(tokens[text : text + 1, :2], caches[text])
+        got = model.step(tokens[text : text + 1, 2:4], cache.view(row, row + 1))
+        expected = model.step(tokens[text : text + 1, 2:4], caches[text])
+        torch.testing.assert_close(got, expected)
+    expected = model.step(tokens[:1, :3], caches[0])
+    torch.testing.assert_close(model.step(tokens[:1, :3], cache.view(2)), expected)
+    assert cache.nbytes > 0
