@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint_experts import check_expert, check_store, float_tensors
 from engine.checkpoint_tensors import (
-    DTYPES,
     Shape,
     TensorFiles,
-    blob_tensors,
     check_tensor,
     convert_tensor,
     open_tensor_files,
@@ -22,7 +21,6 @@ from engine.checkpoint_writer import (
     CONFIG,
     SHARD_BYTES,
     TOKENIZER_FILES,
-    check_expert,
     dense_shapes,
     expert_file,
     open_writer,
@@ -33,6 +31,7 @@ from engine.config import ModelConfig, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.moe import ExpertSource
 from engine.model.transformer import Transformer
+from offload.layout import BlobLayout
 from offload.store import ExpertStore, open_store
 
 Dense = Iterable[tuple[str, Tensor]]
@@ -70,13 +69,23 @@ class NativeSource:
         for name in self._tensors.names():
             yield name, self._tensors.tensor(name)
 
+    def expert_layout(self) -> BlobLayout | None:
+        """How an expert lies in a blob of the first layer; None if the model is dense."""
+        for layer in self.config.moe_layers()[:1]:
+            with _open_layer(self.directory / expert_file(layer), layer, self.config) as store:
+                return store.layout
+        return None
+
     def experts(self, layer: str) -> Iterator[dict[str, Tensor]]:
-        """The experts of a layer in order; the tensors of one are valid until the next is drawn."""
+        """The experts of a layer in order; the tensors of one are valid until the next is drawn.
+
+        Quantised ones are dequantised.
+        """
         path = self.directory / expert_file(layer)
         with translated(path, "read"), _open_layer(path, layer, self.config) as store:
             blob = np.empty(store.layout.blob_bytes, np.uint8)
             for expert in range(store.num_experts):
-                yield blob_tensors(store.read_blob(expert, blob), store.layout)
+                yield float_tensors(store.read_blob(expert, blob), store.layout)
 
 
 def open_native(directory: Path) -> NativeSource:
@@ -158,13 +167,13 @@ def save_state(
         raise CheckpointError(f"{where}: has no embedding.weight")
     dtype = dtype or state["embedding.weight"].dtype
     files = {path.name: path for path in tokenizer_files}
-    writer = open_writer(directory, config, dtype, files, shard_bytes=shard_bytes)
-    for name, tensor in state.items():
-        if not name.startswith("experts."):
-            writer.write_dense(where, name, tensor)
-    for layer in config.moe_layers():
-        writer.write_experts(where, layer, _unstack(config, state, layer))
-    writer.finish()
+    with open_writer(directory, config, dtype, files, shard_bytes=shard_bytes) as writer:
+        for name, tensor in state.items():
+            if not name.startswith("experts."):
+                writer.write_dense(where, name, tensor)
+        for layer in config.moe_layers():
+            writer.write_experts(where, layer, _unstack(config, state, layer))
+        writer.finish()
 
 
 def open_expert_stores(directory: Path, config: ModelConfig) -> dict[str, ExpertStore]:
@@ -206,15 +215,11 @@ def find_tokenizer_files(directory: Path) -> dict[str, Path]:
 def _open_layer(path: Path, layer: str, config: ModelConfig) -> ExpertStore:
     with translated(path, "opened"):
         store = open_store(path)
-    shapes = {spec.name: spec.shape for spec in store.layout.tensors}
-    found = (store.layer, store.num_experts, shapes)
-    expected = (layer, config.num_experts, config.expert_shapes())
-    if found != expected:
+    try:
+        check_store(store, layer, config)
+    except CheckpointError:
         store.close()
-        raise CheckpointError(f"{path}: holds {found}, the config tells of {expected}")
-    if unknown := [spec.dtype for spec in store.layout.tensors if spec.dtype not in DTYPES]:
-        store.close()
-        raise CheckpointError(f"{path}: dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
+        raise
     return store
 
 

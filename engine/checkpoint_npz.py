@@ -21,8 +21,8 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.checkpoint_tensors import Shape, convert_tensor, raw_bytes, translated
-from engine.checkpoint_writer import check_expert, expert_layout
+from engine.checkpoint_experts import check_expert, expert_bytes, expert_layout
+from engine.checkpoint_tensors import Shape, translated
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from offload.store import create_store
@@ -82,8 +82,7 @@ def convert_archive(
     ):
         for expert, tensors in enumerate(read_experts(path, config)):
             where = f"{path}: expert {expert}"
-            parts = {key: convert_tensor(where, key, part, dtype) for key, part in tensors.items()}
-            store.write(expert, {key: raw_bytes(part) for key, part in parts.items()})
+            store.write(expert, expert_bytes(where, tensors, config, dtype))
         store.finish()
 
 

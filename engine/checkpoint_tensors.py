@@ -5,8 +5,9 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ DTYPE_NAMES = {
     torch.bfloat16: "BF16",
 }
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+STORED_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}  # of experts, quantised ones too
+
+Blob = NDArray[np.uint8] | Tensor  # (blob_bytes,), uint8; a tensor may be in a GPU's memory
 
 
 @contextmanager
@@ -76,14 +80,38 @@ def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
     return result
 
 
-def blob_tensors(blob: NDArray[np.uint8], layout: BlobLayout) -> dict[str, Tensor]:
-    """The tensors of an expert as views of its blob."""
-    return {
-        spec.name: torch.from_numpy(blob[spec.offset : spec.offset + spec.nbytes])
-        .view(DTYPES[spec.dtype])
-        .view(spec.shape)
-        for spec in layout.tensors
-    }
+def blob_tensors(blob: Blob, layout: BlobLayout) -> dict[str, Tensor]:
+    """The stored tensors of an expert as views of its blob."""
+    flat = torch.as_tensor(blob)
+    typed: dict[torch.dtype, Tensor] = {}
+    tensors = {}
+    for name, place in _places(layout).items():
+        if place.dtype not in typed:
+            typed[place.dtype] = flat.view(place.dtype)
+        base = typed[place.dtype]
+        start = base.storage_offset() + place.start
+        tensors[name] = base.as_strided(place.shape, place.stride, start)
+    return tensors
+
+
+class _Place(NamedTuple):
+    """A tensor in a blob seen as a row of its dtype; `start` and `stride` in elements."""
+
+    dtype: torch.dtype
+    shape: Shape
+    stride: Shape
+    start: int
+
+
+@lru_cache(maxsize=16)
+def _places(layout: BlobLayout) -> dict[str, _Place]:
+    """What `blob_tensors` needs of a layout: it is called for every expert of every token."""
+    places = {}
+    for spec in layout.tensors:
+        dtype = STORED_DTYPES[spec.dtype]
+        stride = torch.empty(spec.shape, device="meta").stride()
+        places[spec.name] = _Place(dtype, spec.shape, stride, spec.offset // dtype.itemsize)
+    return places
 
 
 class _Slice(Protocol):
@@ -214,6 +242,11 @@ class TensorWriter:
         self._places: dict[str, tuple[Path, int]] = {}
         self._written: set[str] = set()
         self._shards = _plan_shards(shapes, dtype.itemsize, shard_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        """What the files take on the disk, but for the index."""
+        return sum(_header(names, self._shapes, self._dtype)[2] for names in self._shards)
 
     def create(self) -> None:
         """Create the files, with their headers and their final sizes."""

@@ -5,31 +5,28 @@ the same conversion finished there are kept.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint_tensors import (
-    DTYPE_NAMES,
-    INDEX,
-    Shape,
-    TensorWriter,
-    check_tensor,
-    convert_tensor,
-    raw_bytes,
-    translated,
-)
+from engine.checkpoint_experts import expert_bytes, expert_layout
+from engine.checkpoint_lock import LOCK, lock_directory
+from engine.checkpoint_tensors import DTYPE_NAMES, INDEX, Shape, TensorWriter, translated
 from engine.config import ModelConfig, TokenizerKind, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
+from engine.units import format_bytes
 from offload.errors import StoreError
-from offload.layout import BlobLayout, make_layout
-from offload.store import create_store, open_store
+from offload.layout import BlobLayout, Quantization
+from offload.store import create_store, open_store, store_bytes
 
 CONFIG = "config.json"
 MANIFEST = "conversion.json"
@@ -48,21 +45,16 @@ VOCABULARY_FILES: dict[TokenizerKind, str] = {  # which of them the tokenizer it
     "cpm2_zh_en": "vocab.txt",
     "sentencepiece": "spiece.model",
 }
+STORE = re.compile(r"experts-(encoder|decoder)-\d+\.safetensors")
 OWN_FILES = re.compile(
-    r"config\.json|conversion\.json|model(-\d{5}-of-\d{5})?\.safetensors|"
-    r"experts-(encoder|decoder)-\d+\.safetensors(\.partial)?"
+    r"config\.json|conversion\.(json|lock)|model(-\d{5}-of-\d{5})?\.safetensors|"
+    rf"{STORE.pattern}(\.partial)?"
 )
 
 
 def expert_file(layer: str) -> str:
     """Name of the expert store of a layer: 'encoder-0' -> 'experts-encoder-0.safetensors'."""
     return f"experts-{layer}.safetensors"
-
-
-def expert_layout(config: ModelConfig, dtype: torch.dtype) -> BlobLayout:
-    """How an expert of the model lies in a blob."""
-    name = DTYPE_NAMES[dtype]
-    return make_layout({key: (name, shape) for key, shape in config.expert_shapes().items()})
 
 
 def dense_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -75,16 +67,37 @@ def dense_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 class NativeWriter:
-    """Takes dense tensors and experts one at a time; `finish` makes the directory appear."""
+    """Takes dense tensors and experts one at a time; `finish` makes the directory appear.
+
+    Use as a context manager: until it is left, nobody else can write the same directory.
+    """
 
     def __init__(
-        self, directory: Path, config: ModelConfig, dtype: torch.dtype, dense: TensorWriter
+        self,
+        directory: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        layout: BlobLayout,
+        dense: TensorWriter,
+        held: ExitStack,
     ) -> None:
         self._directory = directory
         self._partial = partial_path(directory)
         self._config = config
-        self._dtype = dtype
+        self._layout = layout
         self._dense = dense
+        self._held = held
+        self.dtype = dtype
+
+    @property
+    def dense_bytes(self) -> int:
+        """What all tensors that are no experts take."""
+        return sum(map(math.prod, dense_shapes(self._config).values())) * self.dtype.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        """What the experts of one layer take, with the padding between them."""
+        return self._config.num_experts * self._layout.blob_bytes
 
     def write_dense(self, where: str, name: str, tensor: Tensor) -> None:
         """Write a tensor of the Transformer's state; `where` names its origin in errors."""
@@ -97,30 +110,25 @@ class NativeWriter:
     def write_experts(
         self, where: str, layer: str, experts: Iterable[Mapping[str, Tensor]]
     ) -> None:
-        """Write all experts of a layer, drawn one at a time.
+        """Write all experts of a layer, drawn one at a time, quantised if the writer is to do so.
 
         Raises CheckpointError if tensors are missing, unknown or misshapen, or the number is wrong.
         """
         path = self._partial / expert_file(layer)
-        layout = expert_layout(self._config, self._dtype)
-        expected = self._config.num_experts
+        config, layout = self._config, self._layout
+        expected = config.num_experts
         with translated(path, "written"), create_store(path, layer, layout, expected) as store:
             count = 0
             for tensors in experts:
                 if count == expected:
                     raise CheckpointError(f"{where}: {layer} has more than {expected} experts")
-                converted = self._convert_expert(f"{where}: {layer} expert {count}", tensors)
-                store.write(count, {key: raw_bytes(part) for key, part in converted.items()})
+                origin, kind = f"{where}: {layer} expert {count}", layout.quantization
+                store.write(count, expert_bytes(origin, tensors, config, self.dtype, kind))
                 count += 1
-                del tensors, converted  # before the next one is drawn
+                del tensors  # before the next one is drawn
             if count < expected:
                 raise CheckpointError(f"{where}: {layer} has {count} experts, expected {expected}")
             store.finish()
-
-    def _convert_expert(self, where: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shapes = self._config.expert_shapes()
-        check_expert(where, tensors, shapes)
-        return {key: convert_tensor(where, key, tensors[key], self._dtype) for key in shapes}
 
     def finish(self) -> None:
         """Write the config, push everything to the disk, and rename DIR.partial to DIR.
@@ -141,6 +149,13 @@ class NativeWriter:
             _put_in_place(self._partial, self._directory)
             # only now: a run that is killed while hundreds of gigabytes reach the disk can go on
             (self._directory / MANIFEST).unlink()
+            (self._directory / LOCK).unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
 
 def open_writer(
@@ -150,48 +165,44 @@ def open_writer(
     files: Mapping[str, Path],
     *,
     source: str | None = None,
+    quantization: Quantization = "none",
     shard_bytes: int = SHARD_BYTES,
 ) -> NativeWriter:
     """Start a native directory, or go on with one that the same conversion left unfinished.
 
     `files` are copied under the names they are given, which must be of TOKENIZER_FILES.
-    `source` tells where the tensors come from; what DIR.partial holds is kept only if source, dtype
-    and config are those of the run that left it. None always starts over.
-    Raises CheckpointError if DIR holds anything but an older native model, or cannot be written.
+    `source` tells where the tensors come from; what DIR.partial holds is kept only if source,
+    dtype, quantisation and config are those of the run that left it. None always starts over.
+    Raises CheckpointError if DIR holds anything but an older native model, is being written by
+    another process, cannot be written or does not fit the disk; ConfigError if experts of these
+    sizes cannot be quantised.
     """
     if unknown := sorted(files.keys() - set(TOKENIZER_FILES)):
         raise ValueError(f"{unknown[0]} is no tokenizer file; known: {', '.join(TOKENIZER_FILES)}")
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{directory}: {dtype} cannot be written; use a floating dtype")
+    layout = expert_layout(config, dtype, quantization)
     directory = directory.resolve()
     check_replaceable(directory)
     partial = partial_path(directory)
-    facts = {"source": source, "dtype": str(dtype), "config": config.to_json()}
-    manifest = json.dumps(facts).encode()
-    with translated(partial, "written"):
-        if not _can_resume(partial, None if source is None else manifest):
-            _remove_own(partial)
-            partial.mkdir(parents=True)
-            (partial / MANIFEST).write_bytes(manifest)
-        for stale in partial.glob(
-            "model*"
-        ):  # dense tensors are written anew, maybe in other shards
-            stale.unlink()
-        for name, file in files.items():
-            shutil.copyfile(file, partial / name)
-    _drop_foreign_stores(partial, config, dtype)
-    dense = TensorWriter(partial, dense_shapes(config), dtype, shard_bytes)
-    dense.create()
-    return NativeWriter(directory, config, dtype, dense)
-
-
-def check_expert(where: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
-    """Raise CheckpointError unless the tensors are those of one expert."""
-    if wrong := sorted(tensors.keys() ^ shapes.keys()):
-        state = "missing" if wrong[0] in shapes else "not of this model"
-        raise CheckpointError(f"{where}: tensor {wrong[0]} is {state}")
-    for key, shape in shapes.items():
-        check_tensor(where, key, tensors[key], shape)
+    facts = {
+        "source": source,
+        "dtype": str(dtype),
+        "quantization": quantization,
+        "config": config.to_json(),
+    }
+    with ExitStack() as held:
+        with translated(partial, "written"):
+            _check_own(partial)
+            held.callback(os.close, lock_directory(partial))
+            _prepare(partial, json.dumps(facts).encode(), may_resume=source is not None)
+            for name, file in files.items():
+                shutil.copyfile(file, partial / name)
+        _drop_foreign_stores(partial, config, layout)
+        dense = TensorWriter(partial, dense_shapes(config), dtype, shard_bytes)
+        _check_space(partial, dense.file_bytes, config, layout)
+        dense.create()
+        return NativeWriter(directory, config, dtype, layout, dense, held.pop_all())
 
 
 def check_replaceable(directory: Path) -> None:
@@ -241,23 +252,28 @@ def _is_own(name: str) -> bool:
     return name in TOKENIZER_FILES or name == INDEX or OWN_FILES.fullmatch(name) is not None
 
 
-def _can_resume(partial: Path, manifest: bytes | None) -> bool:
-    path = partial / MANIFEST
-    return manifest is not None and path.exists() and path.read_bytes() == manifest
-
-
-def _remove_own(directory: Path) -> None:
-    """Delete what an earlier writer left; refuse to delete anything else."""
+def _check_own(directory: Path) -> None:
+    """Raise CheckpointError if a directory holds what no writer of ours has left there."""
     if not directory.exists():
         return
     if foreign := [path for path in directory.iterdir() if not _is_own(path.name)]:
         raise CheckpointError(f"{foreign[0]}: is in the way and not ours; move it away")
-    shutil.rmtree(directory)
 
 
-def _drop_foreign_stores(partial: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+def _prepare(partial: Path, manifest: bytes, *, may_resume: bool) -> None:
+    """Leave in DIR.partial what this conversion can go on with, and its manifest."""
+    path = partial / MANIFEST
+    resumes = may_resume and path.exists() and path.read_bytes() == manifest
+    for entry in partial.iterdir():  # dense tensors are written anew, maybe in other shards
+        is_kept = resumes and (entry.name == MANIFEST or STORE.fullmatch(entry.name))
+        if not is_kept and entry.name != LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not resumes:
+        path.write_bytes(manifest)
+
+
+def _drop_foreign_stores(partial: Path, config: ModelConfig, layout: BlobLayout) -> None:
     """Delete expert files of an earlier run that are damaged or of another layout."""
-    layout = expert_layout(config, dtype)
     for path in partial.glob("experts-*.safetensors"):
         try:
             with open_store(path) as store:
@@ -266,6 +282,29 @@ def _drop_foreign_stores(partial: Path, config: ModelConfig, dtype: torch.dtype)
             fits = False
         if not fits:
             path.unlink()
+
+
+def _check_space(partial: Path, dense_bytes: int, config: ModelConfig, layout: BlobLayout) -> None:
+    """Raise CheckpointError unless what is still to be written fits the disk."""
+    needed = dense_bytes + sum(
+        store_bytes(layer, layout, config.num_experts)
+        for layer in config.moe_layers()
+        if not (partial / expert_file(layer)).exists()
+    )
+    with translated(partial, "written"):
+        free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise CheckpointError(
+            f"{partial}: {needed:,} bytes are needed, {free:,} are free on this disk; free "
+            f"{format_bytes(needed - free)} or choose another one"
+        )
+
+
+def _remove_own(directory: Path) -> None:
+    """Delete what an earlier writer left; refuse to delete anything else."""
+    _check_own(directory)
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
 def _put_in_place(partial: Path, directory: Path) -> None:

@@ -11,11 +11,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engine.checkpoint import build_model, check_directory, load_model, open_native
-from engine.checkpoint_cpm2 import Cpm2Source, find_iteration, open_cpm2
-from engine.checkpoint_hf import is_huggingface, open_huggingface
+from engine.checkpoint import NativeSource, open_native
+from engine.checkpoint_any import detect_kind
+from engine.checkpoint_any import load_any as load_any  # most users of this module want it too
+from engine.checkpoint_cpm2 import Cpm2Source, open_cpm2
+from engine.checkpoint_hf import open_huggingface
 from engine.checkpoint_writer import (
-    CONFIG,
     VOCABULARY_FILES,
     NativeWriter,
     dense_shapes,
@@ -25,7 +26,7 @@ from engine.checkpoint_writer import (
 )
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.model.transformer import Transformer
+from offload.layout import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -91,51 +92,20 @@ def open_source(path: Path, vocab: Path | None = None) -> Source:
     return open_native(path)
 
 
-def detect_kind(path: Path) -> str:
-    """Tell the kind of a model directory: 'native', 'cpm2' or 'huggingface'.
-
-    Raises CheckpointError if it is of none of them.
-    """
-    check_directory(path)
-    if find_iteration(path) is not None:
-        return "cpm2"
-    if is_huggingface(path):
-        return "huggingface"
-    if (path / CONFIG).exists():
-        return "native"
-    raise CheckpointError(
-        f"{path}: holds no model; expected config.json (native, Hugging Face) or the "
-        "latest_checkpointed_iteration.txt of CPM-2"
-    )
-
-
-def load_any(path: Path, dtype: torch.dtype | None = None) -> Transformer:
-    """Build the model of a directory of any kind, as it is; dtype None keeps the stored one.
-
-    Raises CheckpointError if its weights are pickles, which only a conversion reads.
-    """
-    kind = detect_kind(path)
-    if kind == "cpm2":
-        raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
-    if kind == "native":
-        return load_model(path, dtype)
-    source = open_huggingface(path)
-    dtype = dtype or source.dtype
-    return build_model(str(path), source.config, dtype, source.dense(), source.experts)
-
-
 def convert(
     src: Path,
     dst: Path,
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
     vocab: Path | None = None,
+    quantization: Quantization = "none",
 ) -> None:
     """Write the model of a directory of any kind as a native directory; dtype None keeps its own.
 
     Memory is needed for one tensor, or one expert. A conversion that was killed goes on after the
     last layer of experts that it finished, if the files of the source have not changed.
-    Raises CheckpointError if the source is damaged, or `dst` is taken or cannot be written.
+    Raises CheckpointError if the source is damaged, or `dst` is taken, cannot be written or does
+    not fit the disk; ConfigError if experts of these sizes cannot be quantised.
     """
     source = open_source(src, vocab)
     dtype = dtype or source.dtype
@@ -145,39 +115,46 @@ def convert(
             f"{dst}: is the source itself, or would overwrite it; choose another directory"
         )
     needed = VOCABULARY_FILES.get(source.config.tokenizer)
-    if needed is not None and needed not in source.tokenizer_files:
-        if source.kind == "cpm2":
-            raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
-        logger.warning(
-            "%s: has no tokenizer files: without %s the result takes ids only", src, needed
-        )
-    if isinstance(source, Cpm2Source) and source.prompt() is not None:
-        logger.warning("%s: the soft prompt stored with the model is left out", src)
+    if source.kind == "cpm2" and needed not in source.tokenizer_files:
+        raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
     files, identity = source.tokenizer_files, _identity(src, source)
-    writer = open_writer(dst, source.config, dtype, files, source=identity)
-    for item in _transfer(source, str(src), writer, dtype):
-        if progress is not None:
-            progress(item)
-    writer.finish()
+    opened = open_writer(
+        dst, source.config, dtype, files, source=identity, quantization=quantization
+    )
+    with opened as writer:
+        for warning in _losses(source, quantization):
+            logger.warning("%s: %s", src, warning)
+        for item in _transfer(source, str(src), writer):
+            if progress is not None:
+                progress(item)
+        writer.finish()
 
 
-def _transfer(
-    source: Source, where: str, writer: NativeWriter, dtype: torch.dtype
-) -> Iterator[Progress]:
+def _losses(source: Source, quantization: Quantization) -> Iterator[str]:
+    """What the result of a conversion lacks."""
+    needed = VOCABULARY_FILES.get(source.config.tokenizer)
+    if needed is not None and needed not in source.tokenizer_files:
+        yield f"has no tokenizer files: without {needed} the result takes ids only"
+    if isinstance(source, Cpm2Source) and source.prompt() is not None:
+        yield "the soft prompt stored with the model is left out"
+    stored = source.expert_layout() if isinstance(source, NativeSource) else None
+    if quantization != "none" and stored is not None and stored.quantization != "none":
+        yield "experts are quantised already; errors add up: convert the original instead"
+
+
+def _transfer(source: Source, where: str, writer: NativeWriter) -> Iterator[Progress]:
     """Write everything, telling after each tensor and each layer of experts how far it is."""
-    config = source.config
-    layer_bytes = config.num_experts * _expert_parameters(config) * dtype.itemsize
-    dense_bytes = sum(map(math.prod, dense_shapes(config).values())) * dtype.itemsize
-    total = dense_bytes + layer_bytes * len(config.moe_layers())
+    layers = source.config.moe_layers()
+    total = writer.dense_bytes + writer.layer_bytes * len(layers)
     done = 0
     for name, tensor in source.dense():
         writer.write_dense(where, name, tensor)
-        done += tensor.numel() * dtype.itemsize
+        done += tensor.numel() * writer.dtype.itemsize
         yield Progress(name, done, total)
-    for layer in config.moe_layers():
+    for layer in layers:
         if not writer.has_experts(layer):
             writer.write_experts(where, layer, source.experts(layer))
-        done += layer_bytes
+        done += writer.layer_bytes
         yield Progress(f"experts of {layer}", done, total)
 
 
@@ -188,11 +165,16 @@ def inspect(path: Path, vocab: Path | None = None) -> dict[str, object]:
     """
     source = open_source(path, vocab)
     sizes = {file: file.stat().st_size for file in source.files}
+    layout = source.expert_layout() if isinstance(source, NativeSource) else None
+    experts = (
+        {"quantization": layout.quantization, "blob_bytes": layout.blob_bytes} if layout else {}
+    )
     return {
         "path": str(path),
         "kind": source.kind,
         "config": json.loads(source.config.to_json()),
         "dtype": str(source.dtype).removeprefix("torch."),
+        "experts": experts,
         "parameters": count_parameters(source.config),
         "files": [
             {"name": str(file.relative_to(path)), "bytes": size} for file, size in sizes.items()

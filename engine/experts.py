@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import load_model, open_expert_stores, open_native
-from engine.checkpoint_tensors import DTYPES, blob_tensors
+from engine.checkpoint_experts import expert_weights
+from engine.checkpoint_tensors import DTYPES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.layers import FeedForwardWeights
 from engine.model.moe import MoELayer
+from engine.model.quantized import int4_fallback, int8_fallback
 from engine.model.transformer import Transformer
 from engine.units import format_bytes
 from offload.bank import fill_bank
-from offload.device import Blob, Bytes, Device, IsCancelled, open_host_device
+from offload.device import Bytes, Device, IsCancelled, open_host_device
 from offload.errors import StoreError
 from offload.layout import BlobLayout
 from offload.pipeline import ExpertPipeline, Guess, PipelineStats
@@ -82,7 +84,7 @@ class OffloadedExperts:
         guess, self._guess = self._guess, None
         try:
             for expert, blob in self._pipeline.stream(layer, wanted, guess):
-                yield expert, as_weights(blob, layout)
+                yield expert, expert_weights(blob, layout)
         except StoreError as error:
             raise CheckpointError(str(error)) from error
 
@@ -105,9 +107,15 @@ class OffloadedExperts:
     @property
     def fallbacks(self) -> tuple[str, ...]:
         """What works in a slower way than it should, and why."""
-        buffered = [store for store in self._stores.values() if not store.is_direct]
-        own = (BUFFERED,) if buffered else ()
-        return (*own, *self._pipeline.fallbacks)
+        stores = self._stores.values()
+        buffered = None if all(store.is_direct for store in stores) else BUFFERED
+        kinds = {store.layout.quantization for store in stores}
+        own = (
+            buffered,
+            int8_fallback() if "int8" in kinds else None,
+            int4_fallback() if "int4" in kinds else None,
+        )
+        return (*filter(None, own), *self._pipeline.fallbacks)
 
     def close(self) -> None:
         """End the readers and close the files."""
@@ -119,12 +127,6 @@ class OffloadedExperts:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def as_weights(blob: Blob, layout: BlobLayout) -> FeedForwardWeights:
-    """The tensors of one expert as views of its blob."""
-    tensors = blob_tensors(blob, layout)
-    return FeedForwardWeights(tensors["norm"], tensors["wi_0"], tensors.get("wi_1"), tensors["wo"])
 
 
 def open_offloaded(

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,11 @@ from numpy.typing import NDArray
 
 from offload.errors import ReadCancelled, StoreError
 from offload.layout import PAGE_BYTES, BlobLayout, layout_from_json, round_up
+
+try:
+    from isal.isal_zlib import crc32  # 17 GB/s on one core
+except ImportError:  # the same sums, at 2 GB/s: slower than many disks
+    from zlib import crc32
 
 Bytes = NDArray[np.uint8]
 
@@ -67,11 +71,11 @@ class StoreWriter:
                 raise ValueError(
                     f"expert {expert}: {spec.name} is not a row of {spec.nbytes} bytes"
                 )
-            checksum = zlib.crc32(bytes(spec.offset - end), checksum)
-            checksum = zlib.crc32(data.data, checksum)
+            checksum = crc32(bytes(spec.offset - end), checksum)
+            checksum = crc32(data.data, checksum)
             self._write_at(data, start + spec.offset)
             end = spec.offset + spec.nbytes
-        self._checksums[expert] = zlib.crc32(bytes(self.layout.blob_bytes - end), checksum)
+        self._checksums[expert] = crc32(bytes(self.layout.blob_bytes - end), checksum)
 
     def finish(self) -> None:
         """Write the header, push everything to the disk, and give the file its name.
@@ -127,6 +131,11 @@ def create_store(path: Path, layer: str, layout: BlobLayout, num_experts: int) -
     except OSError as error:
         raise StoreError(f"{path}: cannot be created: {error.strerror}") from error
     return StoreWriter(file, path, layer, layout, num_experts)
+
+
+def store_bytes(layer: str, layout: BlobLayout, num_experts: int) -> int:
+    """Size of the file of a layer that is still to be written."""
+    return len(_header(layer, layout, [0] * num_experts)) + num_experts * layout.blob_bytes
 
 
 class ExpertStore:
@@ -188,7 +197,7 @@ class ExpertStore:
             chunk = out[begin : begin + CHUNK_BYTES]
             self._read_chunk(expert, start + begin, chunk)
             if is_new:  # chunk by chunk, while it is in the processor's cache
-                checksum = zlib.crc32(chunk.data, checksum)
+                checksum = crc32(chunk.data, checksum)
         if is_new:
             self._compare(expert, checksum)
             self._is_verified[expert] = True
@@ -224,7 +233,7 @@ class ExpertStore:
 
     def verify(self, expert: int, blob: Bytes) -> None:
         """Compare a blob with its checksum. Raises StoreError if they differ."""
-        self._compare(expert, zlib.crc32(blob.data))
+        self._compare(expert, crc32(blob.data))
 
     def _compare(self, expert: int, found: int) -> None:
         if found != self._checksums[expert]:

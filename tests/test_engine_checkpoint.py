@@ -1,8 +1,12 @@
 import dataclasses
+import fcntl
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,11 +19,14 @@ from engine.checkpoint import (
     save_model,
     save_state,
 )
+from engine.checkpoint_lock import LOCK, lock_directory
 from engine.checkpoint_writer import open_writer
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.moe import ResidentExperts
 from engine.model.transformer import Transformer, initialize
+from offload.layout import make_layout
+from offload.store import create_store
 
 DENSE = ModelConfig(
     vocab_size=96,
@@ -448,40 +455,130 @@ def expert_list(model, layer):
 
 def test_writer_counts_experts(tmp_path):
     model = random_model()
-    writer = open_writer(tmp_path / "m", MOE, torch.float32, {})
     experts = expert_list(model, "encoder-0")
-    with pytest.raises(CheckpointError, match="src: encoder-0 has 2 experts, expected 3"):
-        writer.write_experts("src", "encoder-0", experts[:2])
-    with pytest.raises(CheckpointError, match="src: encoder-0 has more than 3 experts"):
-        writer.write_experts("src", "encoder-0", [*experts, experts[0]])
-    assert not writer.has_experts("encoder-0")
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("experts."):
-            writer.write_dense("src", name, tensor)
-    with pytest.raises(CheckpointError, match="the experts of encoder-0 are missing"):
-        writer.finish()
+    with open_writer(tmp_path / "m", MOE, torch.float32, {}) as writer:
+        with pytest.raises(CheckpointError, match="src: encoder-0 has 2 experts, expected 3"):
+            writer.write_experts("src", "encoder-0", experts[:2])
+        with pytest.raises(CheckpointError, match="src: encoder-0 has more than 3 experts"):
+            writer.write_experts("src", "encoder-0", [*experts, experts[0]])
+        assert not writer.has_experts("encoder-0")
+        for name, tensor in model.state_dict().items():
+            if not name.startswith("experts."):
+                writer.write_dense("src", name, tensor)
+        with pytest.raises(CheckpointError, match="the experts of encoder-0 are missing"):
+            writer.finish()
 
 
 def test_writer_keeps_the_experts_of_the_same_conversion_only(tmp_path):
     model, directory = random_model(), tmp_path / "m"
+    kept = {"source": "a", "config": MOE, "dtype": torch.float32, "files": {}}
 
-    def start(source="a", dtype=torch.float32, config=MOE):
-        return open_writer(directory, config, dtype, {}, source=source)
+    def write():
+        with open_writer(directory, **kept) as writer:
+            writer.write_experts("src", "encoder-0", expert_list(model, "encoder-0"))
 
-    def write(writer):
-        writer.write_experts("src", "encoder-0", expert_list(model, "encoder-0"))
+    def is_kept(**change):
+        with open_writer(directory, **{**kept, **change}) as writer:
+            return writer.has_experts("encoder-0")
 
-    write(start())
-    assert start().has_experts("encoder-0")
-    assert not start(source="b").has_experts("encoder-0")
+    write()
+    assert is_kept()
     for change in (
+        {"source": "b"},
         {"dtype": torch.float16},
         {"config": dataclasses.replace(MOE, num_decoder_layers=3)},
         {"source": None},
     ):
-        write(start())
-        assert not start(**change).has_experts("encoder-0")
-    write(start())
+        write()
+        assert not is_kept(**change)
+    write()
     path = tmp_path / "m.partial" / "experts-encoder-0.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert not start().has_experts("encoder-0")
+    assert not is_kept()
+
+
+def test_a_folder_left_in_place_of_a_file_is_cleared(tmp_path):
+    (tmp_path / "m.partial" / "model.safetensors").mkdir(parents=True)
+    save_model(random_model(), tmp_path / "m")
+    assert_same(load_model(tmp_path / "m"), random_model().state_dict())
+
+
+def test_one_writer_at_a_time(tmp_path):
+    directory, model = tmp_path / "m", random_model()
+    with open_writer(directory, MOE, torch.float32, {}, source="a") as writer:
+        writer.write_experts("src", "encoder-0", expert_list(model, "encoder-0"))
+        for source in ("a", "b", None):
+            with pytest.raises(CheckpointError, match=r"m\.partial: is being written by another"):
+                open_writer(directory, MOE, torch.float32, {}, source=source)
+        assert writer.has_experts("encoder-0")
+    save_model(model, directory)
+    assert_same(load_model(directory), model.state_dict())
+
+
+def test_a_lock_taken_just_before_its_directory_moved_is_taken_again(tmp_path, monkeypatch):
+    """The first writer ends between the second's opening of the lock file and its locking."""
+    flock, handles = fcntl.flock, []
+
+    def moving(handle, how):
+        if not handles:
+            (tmp_path / "m.partial").rename(tmp_path / "m")
+        handles.append(handle)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", moving)
+    handle = lock_directory(tmp_path / "m.partial")
+    assert len(handles) == 2
+    assert os.fstat(handle).st_ino == (tmp_path / "m.partial" / LOCK).stat().st_ino
+    os.close(handle)
+
+
+def test_a_model_that_does_not_fit_the_disk_is_refused_before_it_is_written(tmp_path):
+    huge = dataclasses.replace(MOE, d_ff=2**40)
+    with pytest.raises(CheckpointError) as caught:
+        open_writer(tmp_path / "m", huge, torch.float32, {}, source="a")
+    match = re.search(
+        r"m\.partial: ([\d,]+) bytes are needed, ([\d,]+) are free", str(caught.value)
+    )
+    needed, free = (int(number.replace(",", "")) for number in match.groups())
+    assert needed > 3 * 3 * 3 * 16 * 2**40 * 4 > free > 0
+    assert list((tmp_path / "m.partial").glob("*.safetensors")) == []
+
+
+def test_layers_that_are_written_need_no_space_again(tmp_path, monkeypatch):
+    model, directory = random_model(), tmp_path / "m"
+    with open_writer(directory, MOE, torch.float32, {}, source="a") as writer:
+        for layer in ("encoder-0", "decoder-1"):
+            writer.write_experts("src", layer, expert_list(model, layer))
+    store = (tmp_path / "m.partial" / "experts-encoder-0.safetensors").stat().st_size
+    dense = (tmp_path / "m.partial" / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    for free, is_enough in ((dense + store, True), (dense + store - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if is_enough:
+            with open_writer(directory, MOE, torch.float32, {}, source="a"):
+                pass
+        else:
+            with pytest.raises(CheckpointError, match="free 1 B or choose another"):
+                open_writer(directory, MOE, torch.float32, {}, source="a")
+    with pytest.raises(CheckpointError, match=f"{dense + 3 * store:,} bytes are needed"):
+        open_writer(directory, MOE, torch.float32, {})  # starts over
+
+
+def test_stores_that_are_not_of_the_model(saved):
+    layer, path = "encoder-0", saved / "experts-encoder-0.safetensors"
+    shapes = MOE.expert_shapes()
+    for dtypes, quantization, message in [
+        ({}, "int8", "encoder-0.safetensors: d_ff is 24; int8 experts need"),
+        ({"norm": "I32"}, "none", "the norm is I32, expected one of F64, F32"),
+        ({"wo": "F16"}, "none", r"'wo': \('F16'.* the config tells of .*'wo': \('F32'"),
+    ]:
+        tensors = {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}
+        layout = make_layout(tensors, quantization)
+        with create_store(path, layer, layout, 3) as store:
+            for expert in range(3):
+                store.write(expert, {s.name: np.zeros(s.nbytes, np.uint8) for s in layout.tensors})
+            store.finish()
+        with pytest.raises(CheckpointError, match=message):
+            open_expert_stores(saved, MOE)
+        with pytest.raises(CheckpointError, match=message):
+            load_model(saved)

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from engine.checkpoint import load_model, save_model
 from engine.config import CPM2_11B, CPM2_MOE_198B
 from engine.convert import convert, count_parameters, detect_kind, inspect, load_any, open_source
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import num_parameters
 from tests.cpm2_files import TINY, tiny_model, write_rank_files, write_vocabulary
 
@@ -179,11 +180,16 @@ def test_interrupted_conversion_goes_on(moe_files, tmp_path):
     assert_same(load_any(out), tiny_model(MOE).half())
 
 
-@pytest.mark.parametrize("change", ["source", "dtype", "vocabulary"])
+@pytest.mark.parametrize("change", ["source", "dtype", "vocabulary", "quantization"])
 def test_interrupted_conversion_starts_over_if_anything_changed(moe_files, tmp_path, change):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(moe_files, out, progress=interrupt_after("experts of decoder-0"))
+        convert(
+            moe_files,
+            out,
+            progress=interrupt_after("experts of decoder-0"),
+            quantization="int8" if change == "quantization" else "none",
+        )
     model, dtype = tiny_model(MOE).half(), None
     if change == "source":
         shutil.rmtree(moe_files)
@@ -191,7 +197,7 @@ def test_interrupted_conversion_starts_over_if_anything_changed(moe_files, tmp_p
         write_rank_files(model, moe_files, 2, by_expert=True)
     elif change == "dtype":
         model, dtype = model.bfloat16(), torch.bfloat16
-    else:
+    elif change == "vocabulary":
         os.utime(moe_files / "vocab.txt", (1, 1))
     convert(moe_files, out, dtype)
     assert_same(load_any(out), model)
@@ -251,6 +257,112 @@ def test_conversion_killed_while_it_reaches_the_disk_goes_on(moe_files, tmp_path
     assert_same(load_any(out), tiny_model(MOE).half())
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_interrupted_quantisation_goes_on(tmp_path, kind):
+    config = dataclasses.replace(MOE, d_ff=64)
+    write_rank_files(tiny_model(config).half(), tmp_path / "cpm2", 2, by_expert=True)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            tmp_path / "cpm2",
+            out,
+            progress=interrupt_after("experts of encoder-1"),
+            quantization=kind,
+        )
+    first = inodes(tmp_path / "out.partial")
+    assert len(first) == 2
+    steps = []
+    convert(tmp_path / "cpm2", out, progress=steps.append, quantization=kind)
+    assert first.items() <= inodes(out).items()
+    assert steps[-1].done_bytes == steps[-1].total_bytes
+    convert(tmp_path / "cpm2", tmp_path / "whole", quantization=kind)
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes(), path.name
+    assert inspect(out)["experts"]["quantization"] == kind
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from engine.convert import convert
+from engine.errors import CheckpointError, ConfigError
+try:
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_second_conversion_into_the_same_directory_is_refused(moe_files, tmp_path):
+    out = tmp_path / "out"
+    told = []
+
+    def start_another(step):
+        if step.item in ("embedding.weight", "experts of encoder-1"):
+            command = [sys.executable, "-c", SECOND, str(moe_files), str(out)]
+            second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            told.append(second.stdout)
+
+    convert(moe_files, out, progress=start_another)
+    assert (
+        told
+        == [
+            f"{out}.partial: is being written by another conversion; wait for its end, or choose "
+            "another directory\n"
+        ]
+        * 2
+    )
+    assert_same(load_any(out), tiny_model(MOE).half())
+    assert sorted(path.name for path in out.iterdir() if "expert" not in path.name) == [
+        "config.json",
+        "model.safetensors",
+        "vocab.txt",
+    ]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from engine.convert import convert
+from engine.errors import CheckpointError, ConfigError
+
+def fill(step):
+    if step.item == sys.argv[3]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+
+try:
+    convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=fill)
+except CheckpointError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "named", "kept"),
+    [
+        ("embedding.weight", r"model\.safetensors", 0),
+        ("experts of encoder-1", r"experts-decoder-0\.safetensors", 2),
+    ],
+)
+def test_a_full_disk_leaves_nothing_that_loads_and_the_next_run_goes_on(
+    moe_files, tmp_path, when, named, kept
+):
+    """A limit on the size of files fails in the middle of one, as a full disk does."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, "-c", FULL_DISK, str(moe_files), str(out), when]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.search(rf"^refused: \S*{named}: cannot be written: File too large$", run.stderr, re.M)
+    for path in (out, partial):
+        with pytest.raises(CheckpointError):
+            load_any(path)
+    first = inodes(partial)
+    assert len(first) == kept
+    convert(moe_files, out)
+    assert first.items() <= inodes(out).items()
+    assert_same(load_any(out), tiny_model(MOE).half())
+
+
 def test_interrupted_conversion_goes_on_from_another_folder(moe_files, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(moe_files, tmp_path / "out", progress=interrupt_after("experts of encoder-1"))
@@ -266,6 +378,14 @@ def test_a_damaged_source_fails_and_leaves_no_model(moe_files, tmp_path):
     with pytest.raises(CheckpointError, match=r"mp_rank_03_01_model_states\.pt: truncated"):
         convert(moe_files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_refuses_experts_that_cannot_be_quantised(moe_files, t5_files, tmp_path):
+    with pytest.raises(ConfigError, match="d_ff is 48; int4 experts need"):
+        convert(moe_files, tmp_path / "out", quantization="int4")
+    with pytest.raises(ConfigError, match="the model is dense"):
+        convert(t5_files, tmp_path / "out", quantization="int8")
+    assert list(tmp_path.glob("out*")) == []
 
 
 def test_refuses_targets(moe_files, tmp_path):
@@ -314,6 +434,7 @@ def test_inspects_every_kind(moe_files, t5_files, tmp_path):
         sizes = [(path / file["name"]).stat().st_size for file in facts["files"]]
         assert sizes == [file["bytes"] for file in facts["files"]]
         assert facts["bytes"] == sum(sizes)
+        assert facts["experts"].get("quantization") == ("none" if kind == "native" else None)
     assert facts["tokenizer_files"] == ["vocab.txt"]
     assert facts["parameters"]["total"] == num_parameters(tiny_model(MOE))
     assert len(facts["files"]) == 5

@@ -6,14 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import load_model, save_model
+from engine.checkpoint_experts import expert_layout
+from engine.convert import convert
 from engine.errors import CheckpointError, ConfigError
-from engine.experts import open_offloaded
+from engine.experts import load_offloaded, open_offloaded
 from engine.generation import generate
 from engine.prompt import build_request
 from engine.request import Piece, SamplingParams
 from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
 
 CONFIG = replace(MOE, num_experts=6, num_encoder_layers=3, num_decoder_layers=2)
+WIDE = replace(CONFIG, d_ff=64)  # int4 comes in groups of 32 and more
 NUM_EXPERTS = 6 * 5
 
 
@@ -120,3 +123,97 @@ def test_impossible_wishes_are_refused(saved, tmp_path):
     save_model(tiny_model(DENSE), tmp_path / "dense")
     with pytest.raises(ConfigError, match="is a dense model"):
         open_offloaded(tmp_path / "dense", DENSE, torch.float32, 10**9)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("num_slots", [2, 5, 17])
+def test_quantised_experts_give_the_same_through_few_slots_as_through_many(
+    tmp_path, quantization, num_slots
+):
+    save_model(tiny_model(WIDE, seed=2), tmp_path / "model", dtype=torch.bfloat16)
+    convert(tmp_path / "model", tmp_path / "small", quantization=quantization)
+    whole, all_experts = load_offloaded(tmp_path / "small", None, 10**9)
+    slot_bytes = all_experts.plan.slot_bytes
+    few, experts = load_offloaded(tmp_path / "small", None, num_slots * slot_bytes)
+    ones = torch.ones_like
+    with all_experts, experts, torch.inference_mode():
+        assert slot_bytes < expert_layout(WIDE, torch.bfloat16, "none").blob_bytes
+        for seed in range(3):
+            source, target = random_ids(2, 9, seed), random_ids(2, 5, seed + 50)
+            expected = whole(source, ones(source), target, ones(target))
+            assert torch.equal(few(source, ones(source), target, ones(target)), expected)
+        assert experts.stats.misses > 0
+        assert all_experts.stats.misses == 0
+
+
+def test_the_next_router_guesses_what_the_next_layer_wants(saved):
+    """Guesses are what the next layer's router says to the hidden state of this one."""
+    model, experts = offloaded(saved, 4)
+    experts.attach(model)
+    following = model.moe_layers()[1]
+    x = torch.randn(5, CONFIG.d_model).to(saved[1].embedding.weight.dtype)
+    with experts:
+        experts.foresee("encoder-0", x)
+        guess = experts._guess
+        assert guess.layer == "encoder-1"
+        wanted = following.assign(following.scores(x)).tolist()
+        assert sorted(guess.experts) == sorted(set(wanted))
+        counts = [wanted.count(expert) for expert in guess.experts]
+        assert counts == sorted(counts, reverse=True)
+        experts.foresee("encoder-2", x)  # the last of its stack: nobody knows the next token
+        assert experts._guess is None
+
+
+def test_lookahead_changes_no_result(saved):
+    resident = saved[1]
+    model, experts = offloaded(saved, 6)
+    experts.attach(model)
+    with experts, torch.inference_mode():
+        for step in range(30):
+            source, target = random_ids(1, 30, step), random_ids(1, 5, step + 1)
+            ones = torch.ones_like
+            expected = resident(source, ones(source), target, ones(target))
+            assert torch.equal(model(source, ones(source), target, ones(target)), expected)
+        assert experts.stats.prefetched > 0
+        assert experts.stats.prefetch_used > 0
+
+
+def test_two_models_read_one_store_at_once(saved):
+    """Two processes would do the same: stores are opened for reading only."""
+    resident = saved[1]
+    (one, first), (two, second) = offloaded(saved, 3), offloaded(saved, 4)
+    with first, second, torch.inference_mode():
+        source = random_ids(2, 9, 1)
+        ones = torch.ones_like(source)
+        for _ in range(2):
+            expected = resident(source, ones, source, ones)
+            assert torch.equal(one(source, ones, source, ones), expected)
+            assert torch.equal(two(source, ones, source, ones), expected)
+
+
+def test_three_tiers_give_the_same_and_read_each_expert_of_host_memory_once(saved):
+    path, resident, slot_bytes = saved
+    dtype = resident.embedding.weight.dtype
+    told = []
+    experts = open_offloaded(
+        path,
+        CONFIG,
+        dtype,
+        8 * slot_bytes,
+        lambda *done: told.append(done),
+        host_bytes=12 * slot_bytes,
+    )
+    model = load_model(path, experts=experts)
+    with experts, torch.inference_mode():
+        assert told[-1] == (12 + len(experts.plan.pinned), 12 + len(experts.plan.pinned))
+        assert len(experts.plan.host) == 12
+        for seed in range(4):
+            source, target = random_ids(3, 9, seed), random_ids(3, 5, seed + 9)
+            ones = torch.ones_like
+            expected = resident(source, ones(source), target, ones(target))
+            assert torch.equal(model(source, ones(source), target, ones(target)), expected)
+        stats = experts.stats
+        assert stats.host_loads > 0
+        assert stats.copied_bytes == stats.host_loads * slot_bytes
+        assert stats.read_bytes > 0
+        assert experts.fallbacks == ()

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.checkpoint import load_model
-from engine.errors import CheckpointError
+from engine.convert import convert, inspect
+from engine.errors import CheckpointError, ConfigError
 from engine.random_model import write_random_model
 from tests.tiny import DENSE, MOE, random_ids
 
@@ -36,6 +39,23 @@ def test_experts_differ_and_tokens_spread_over_them(tmp_path):
     layer = model.moe_layers()[0]
     chosen = layer.assign(layer.scores(torch.randn(64, MOE.d_model)))
     assert len(chosen.unique()) == MOE.num_experts
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_experts_are_those_of_the_same_seed(tmp_path, kind):
+    config = replace(MOE, d_ff=64)
+    write_random_model(tmp_path / "whole", config, torch.float32, 3)
+    convert(tmp_path / "whole", tmp_path / "converted", quantization=kind)
+    write_random_model(tmp_path / "m", config, torch.float32, 3, quantization=kind)
+    assert inspect(tmp_path / "m")["experts"]["quantization"] == kind
+    for path in (tmp_path / "m").iterdir():
+        assert path.read_bytes() == (tmp_path / "converted" / path.name).read_bytes(), path.name
+
+
+def test_experts_that_cannot_be_quantised_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="d_ff is 48; int4 experts need"):
+        write_random_model(tmp_path / "m", MOE, torch.float32, quantization="int4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_taken_directory_is_refused(tmp_path):

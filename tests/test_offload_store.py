@@ -3,6 +3,7 @@ import json
 import mmap
 import os
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from offload.errors import ReadCancelled, StoreError
 from offload.layout import PAGE_BYTES, layout_from_json, make_layout
-from offload.store import CHUNK_BYTES, StoreWriter, create_store, open_store
+from offload.store import CHUNK_BYTES, StoreWriter, crc32, create_store, open_store
 
 LAYOUT = make_layout({"norm": ("F16", (100,)), "wi_0": ("BF16", (40, 70)), "wo": ("F32", (3, 5))})
 NUM_EXPERTS = 3
@@ -382,3 +383,8 @@ def test_reading_past_the_page_cache_gives_the_same_bytes(tmp_path):
         for out in (aligned, unaligned, aligned):
             for i in range(3):
                 assert (store.read_blob(i, out)[:9000] == i + 1).all()
+
+
+def test_checksums_are_those_of_zlib():
+    data = np.arange(10_000, dtype=np.uint64).view(np.uint8)
+    assert crc32(data.data, 7) == zlib.crc32(data.data, 7)

@@ -1,5 +1,7 @@
-"""Commands of the training package: `infmoe corpus` and `infmoe train`."""
+"""Commands of the training package: `infmoe corpus`, `train` and `eval`."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -49,3 +51,29 @@ def train(
     save_model(model, run / "model", tokenizer_files=files.values(), dtype=torch.bfloat16)
     typer.echo(evaluate(model, data, plan).summary(), err=True)
     typer.echo(str(run / "model"))
+
+
+def compare(
+    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    against: Annotated[Path, typer.Option(help="The reference: a model of the same vocabulary.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text, one document per line; may repeat. Needed.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the texts to read.")] = 20_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but JSON.")] = False,
+) -> None:
+    """Measure a model against a reference, such as a quantised one against its original.
+
+    Both fill spans of the texts, the same ones each time. The last line is one JSON object.
+    """
+    if not text:
+        raise typer.BadParameter(
+            "name at least one file of text, one document per line: no text comes with infmoe",
+            param_hint="--text",
+        )
+    from training.compare import compare as run
+
+    result = run(model, against, text, tokens)
+    if not as_json:
+        typer.echo("\n".join(result.summary()))
+    typer.echo(json.dumps({"model": str(model), "reference": str(against), **asdict(result)}))

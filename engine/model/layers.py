@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
+from engine.model.quantized import QuantizedMatrix
+
+Matrix = Tensor | QuantizedMatrix
 
 
 class FeedForwardWeights(NamedTuple):
-    """Tensors of one feed-forward.
+    """Weights of one feed-forward.
 
     Norm (D,), wi_0 and wi_1 (F, D), wo (D, F); wi_1 None: no gate.
     """
 
     norm: Tensor
-    wi_0: Tensor
-    wi_1: Tensor | None
-    wo: Tensor
+    wi_0: Matrix
+    wi_1: Matrix | None
+    wo: Matrix
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -36,6 +39,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return normed.to(weight_D.dtype) * weight_D
 
 
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """Product of x and the transposed matrix, whichever way the matrix is stored."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight.linear(x)
+
+
 def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig) -> Tensor:
     """Compute FF(norm(x)) without the residual, for a dense block and for an expert alike.
 
@@ -44,14 +52,14 @@ def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig)
     The activated branch is wi_0; GELU is the tanh approximation.
     """
     normed_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
-    hidden_NF = F.linear(normed_ND, weights.wi_0)
+    hidden_NF = linear(normed_ND, weights.wi_0)
     if config.activation == "relu":
         hidden_NF = F.relu(hidden_NF)
     else:
         hidden_NF = F.gelu(hidden_NF, approximate="tanh")
     if weights.wi_1 is not None:
-        hidden_NF = hidden_NF * F.linear(normed_ND, weights.wi_1)
-    return F.linear(hidden_NF, weights.wo)
+        hidden_NF = hidden_NF * linear(normed_ND, weights.wi_1)
+    return linear(hidden_NF, weights.wo)
 
 
 class RMSNorm(nn.Module):

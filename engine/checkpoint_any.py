@@ -1,0 +1,45 @@
+"""Telling the kind of a model directory, and building the model of any kind as it is."""
+
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import build_model, check_directory, load_model
+from engine.checkpoint_cpm2 import find_iteration
+from engine.checkpoint_hf import is_huggingface, open_huggingface
+from engine.checkpoint_writer import CONFIG
+from engine.errors import CheckpointError
+from engine.model.transformer import Transformer
+
+
+def detect_kind(path: Path) -> str:
+    """Tell the kind of a model directory: 'native', 'cpm2' or 'huggingface'.
+
+    Raises CheckpointError if it is of none of them.
+    """
+    check_directory(path)
+    if find_iteration(path) is not None:
+        return "cpm2"
+    if is_huggingface(path):
+        return "huggingface"
+    if (path / CONFIG).exists():
+        return "native"
+    raise CheckpointError(
+        f"{path}: holds no model; expected config.json (native, Hugging Face) or the "
+        "latest_checkpointed_iteration.txt of CPM-2"
+    )
+
+
+def load_any(path: Path, dtype: torch.dtype | None = None) -> Transformer:
+    """Build the model of a directory of any kind, as it is; dtype None keeps the stored one.
+
+    Raises CheckpointError if its weights are pickles, which only a conversion reads.
+    """
+    kind = detect_kind(path)
+    if kind == "cpm2":
+        raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
+    if kind == "native":
+        return load_model(path, dtype)
+    source = open_huggingface(path)
+    dtype = dtype or source.dtype
+    return build_model(str(path), source.config, dtype, source.dense(), source.experts)
