@@ -14,25 +14,31 @@ from engine.cache import RowCache
 from engine.errors import EngineError
 from engine.generation import Generation
 from engine.model.transformer import Transformer
-from engine.request import Event, Failed, Finished, Request
-from engine.sampling import choose_token
+from engine.request import Event, Failed, Finished, Request, TokenLogprob
+from engine.sampling import choose_token, tell_logprob
 from engine.tokenizer import Tokenizer
+from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
+MAX_PREFIX = 2  # a start mark and a sentinel
 # What one row may be blamed for; anything else is our own mistake and ends the engine.
 ROW_ERRORS = (EngineError, RuntimeError, MemoryError)
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One generation that is decoding. Times in seconds."""
+    """One generation that is decoding. Times in seconds.
+
+    `moved_before` is what had been counted of experts when its encoding began.
+    """
 
     generation: Generation
     generator: torch.Generator
     seed: int
     queued_s: float = 0.0
     encode_s: float = 0.0
+    moved_before: PipelineStats | None = None
     token_id: int = -1  # the newest, which the next step reads
     began: float = field(default_factory=perf_counter)
 
@@ -41,10 +47,10 @@ class Row:
         """What it answers."""
         return self.generation.request
 
-    def push(self, token_id: int) -> list[Event]:
+    def push(self, token_id: int, logprob: TokenLogprob | None) -> list[Event]:
         """Take the chosen token; returns what may be told now."""
         self.token_id = token_id
-        events: list[Event] = [*self.generation.push(token_id)]
+        events: list[Event] = [*self.generation.push(token_id, logprob)]
         if self.generation.finish is not None:
             events.append(self._finished(*self.generation.finish))
         return events
@@ -73,13 +79,17 @@ def make_row(request: Request, model: Transformer, tokenizer: Tokenizer) -> Row:
 class Batch:
     """Rows that decode together; row i of the cache is that of `rows[i]`."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, cache_bytes: int | None = None) -> None:
         self._model = model
-        self._cache = RowCache(model)
+        self._cache = RowCache(model, cache_bytes)
         self.rows: list[Row] = []
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def has_room(self, sources: list[int], max_tokens: list[int]) -> bool:
+        """Whether rows of those lengths can join within the bytes that the caches may take."""
+        return self._cache.has_room(sources, [MAX_PREFIX + number for number in max_tokens])
 
     def join(
         self, rows: list[Row], encoded_BSD: Tensor, which: list[int]
@@ -137,7 +147,7 @@ class Batch:
         lengths_B = cache.lengths_B.clone()
         try:
             hidden_BTD = self._model.step(tokens_BT, cache)
-            yield from self._model.logits(hidden_BTD[:, -1])
+            scores_BV = self._model.logits(hidden_BTD[:, -1])
         except ROW_ERRORS as error:
             cache.lengths_B.copy_(lengths_B)
             if len(tokens) == 1:
@@ -146,18 +156,22 @@ class Batch:
                 return
             for index, row_tokens in enumerate(tokens, begin):
                 yield from self._scores(index, [row_tokens])
+            return
+        self._cache.advance(begin, end, tokens_BT.shape[1])
+        yield from scores_BV
 
     def _choose(self, row: Row, scores_V: Tensor | Exception) -> list[Event]:
         if isinstance(scores_V, Exception):
             return [Failed(f"the engine could not go on: {type(scores_V).__name__}")]
-        generation = row.generation
+        generation, params = row.generation, row.request.params
         try:
-            scores_V = generation.ban(scores_V)
-            params = row.request.params
-            token_id = choose_token(scores_V, params, row.generator, generation.counts)
+            banned_V = generation.ban(scores_V)
+            token_id = choose_token(banned_V, params, row.generator, generation.counts)
         except EngineError as error:
             return [Failed(f"the engine could not go on: {error}")]
-        return row.push(token_id)
+        asked = params.logprobs
+        logprob = None if asked is None else tell_logprob(scores_V, token_id, asked)
+        return row.push(token_id, logprob)
 
     def _let_go(self, outcomes: list[tuple[Row, list[Event]]]) -> None:
         for row, events in outcomes:

@@ -1,22 +1,29 @@
 """Keys and values of all rows that decode together, in two arenas that grow with their content."""
 
+from operator import ge
+
 import torch
 from torch import Tensor
 
 from engine.model.transformer import DecoderCache, Transformer
 
 STEP = 64  # positions by which the arenas grow
+MAX_ROWS = 64  # for which room is made in advance
+
+Shape = tuple[int, int, int]  # rows, decoder positions, source positions
 
 
 class RowCache:
     """Rows 0 .. num_rows - 1 are in use, without gaps: a row that leaves is replaced by the last.
 
     Arenas: self-attention (L, 2, R, H, T, K), cross-attention (L, 2, R, H, S, K); 2 is keys and
-    values. They double when rows run out and grow by STEP positions when one is longer than any.
+    values. They grow when rows run out or one is longer than any, to whole STEPs and more rows than
+    are needed. Old and new arenas together stay within `limit_bytes`, where one row alone can.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, limit_bytes: int | None = None) -> None:
         self._model = model
+        self._limit_bytes = limit_bytes
         self._device = model.embedding.weight.device
         self._dtype = model.embedding.weight.dtype
         self._self = self._arena(0, 0)
@@ -25,6 +32,7 @@ class RowCache:
         self._lengths = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._capacities: list[int] = []
         self._sources: list[int] = []
+        self._filled: list[int] = []
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -33,6 +41,13 @@ class RowCache:
     def nbytes(self) -> int:
         """Bytes of the arenas."""
         return self._self.nbytes + self._cross.nbytes
+
+    def has_room(self, sources: list[int], capacities: list[int]) -> bool:
+        """Whether rows of those lengths can be added within the limit; the first one always can."""
+        if self._limit_bytes is None or len(self) + len(sources) == 1:
+            return True
+        shape = self._shape_for(len(self) + len(sources), max(capacities), max(sources))
+        return self._bytes_while_growing(shape) <= self._limit_bytes
 
     def append(self, encoded_BSD: Tensor, sources: list[int], capacities: list[int]) -> None:
         """Add B rows: encoder outputs, of which row b has `sources[b]` real positions.
@@ -53,18 +68,24 @@ class RowCache:
         self._lengths[begin:end] = 0
         self._sources += sources
         self._capacities += capacities
+        self._filled += [0] * len(sources)
 
     def remove(self, row: int) -> None:
         """Let a row go; the last one takes its number."""
         last = len(self) - 1
         if row != last:
-            length, source = int(self._lengths[last]), self._sources[last]
+            length, source = self._filled[last], self._sources[last]
             self._self[:, :, row, :, :length] = self._self[:, :, last, :, :length]
             self._cross[:, :, row, :, :source] = self._cross[:, :, last, :, :source]
             self._bias[row] = self._bias[last]
             self._lengths[row] = length
             self._sources[row], self._capacities[row] = source, self._capacities[last]
-        del self._sources[last], self._capacities[last]
+            self._filled[row] = length
+        del self._sources[last], self._capacities[last], self._filled[last]
+
+    def advance(self, begin: int, end: int, num_new: int) -> None:
+        """Note that a step has added positions to rows begin .. end - 1 of a view."""
+        self._filled[begin:end] = [length + num_new for length in self._filled[begin:end]]
 
     def view(self, begin: int = 0, end: int | None = None) -> DecoderCache:
         """Rows begin .. end - 1 as a cache for `Transformer.step`; it writes into the arenas."""
@@ -78,24 +99,56 @@ class RowCache:
             list(cross[:, 1]),
             self._bias[rows, ..., :source],
             self._lengths[rows],
+            max(self._filled[rows]),
         )
 
     def _reserve(self, rows: int, capacity: int, source: int) -> None:
-        old_rows, old_capacity, old_source = (
-            self._self.shape[2],
-            self._self.shape[4],
-            self._cross.shape[4],
-        )
-        new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
-        new_capacity = max(old_capacity, -(-capacity // STEP) * STEP)
-        new_source = max(old_source, -(-source // STEP) * STEP)
+        shape = self._shape_for(rows, capacity, source)
+        if shape == self._shape:
+            return
+        new_rows, new_capacity, new_source = shape
+        if not len(self):  # nothing is kept
+            self._self = self._cross = self._arena(0, 0)
+            self._bias = self._mask(0, 0)
+        old_rows, old_capacity, old_source = self._shape
         if (new_rows, new_capacity) != (old_rows, old_capacity):
             self._self = _grown(self._self, self._arena(new_rows, new_capacity))
         if (new_rows, new_source) != (old_rows, old_source):
             self._cross = _grown(self._cross, self._arena(new_rows, new_source))
             self._bias = _grown(self._bias, self._mask(new_rows, new_source))
-        if new_rows != old_rows:
-            self._lengths = torch.cat([self._lengths, self._lengths.new_zeros(new_rows - old_rows)])
+        if new_rows > len(self._lengths):
+            self._lengths = _grown(self._lengths, self._lengths.new_zeros(new_rows))
+
+    @property
+    def _shape(self) -> Shape:
+        return self._self.shape[2], self._self.shape[4], self._cross.shape[4]
+
+    def _shape_for(self, rows: int, capacity: int, source: int) -> Shape:
+        """Arenas for so many rows of such lengths: with room for more, if the limit allows it."""
+        old = self._shape
+        if len(self) or self._limit_bytes is None:
+            rows, capacity, source = map(max, zip(old, (rows, capacity, source), strict=True))
+        is_allowed = self._limit_bytes is None or self._bytes_of(*old) <= self._limit_bytes
+        if (len(self) or is_allowed) and all(map(ge, old, (rows, capacity, source))):
+            return old
+        long = (-(-capacity // STEP) * STEP, -(-source // STEP) * STEP)
+        if self._limit_bytes is None:
+            return (max(rows, 2 * old[0]) if rows > old[0] else rows), *long
+        most = min(self._limit_bytes // self._bytes_of(1, *long), MAX_ROWS)
+        ample = (max(rows, most), *long)
+        is_within = self._bytes_while_growing(ample) <= self._limit_bytes
+        return ample if is_within else (rows, capacity, source)
+
+    def _bytes_while_growing(self, shape: Shape) -> int:
+        """Bytes of arenas of a shape, and of those that are copied into them."""
+        kept = self._bytes_of(*self._shape) if len(self) and shape != self._shape else 0
+        return kept + self._bytes_of(*shape)
+
+    def _bytes_of(self, rows: int, capacity: int, source: int) -> int:
+        """Bytes of arenas of a shape, with mask and lengths."""
+        config, size = self._model.config, self._dtype.itemsize
+        per_position = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * size
+        return rows * (per_position * (capacity + source) + source * size + 8)
 
     def _arena(self, rows: int, positions: int) -> Tensor:
         config = self._model.config

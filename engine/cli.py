@@ -9,6 +9,7 @@ import typer
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory.")]
 DtypeName = Literal["fp32", "bf16", "fp16"]
+ExpertFormat = Literal["none", "int8", "int4"]
 
 
 def generate(  # noqa: PLR0913  the options are the interface
@@ -24,14 +25,17 @@ def generate(  # noqa: PLR0913  the options are the interface
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may repeat.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
-    expert_memory: Annotated[
-        str | None, typer.Option(help="Offload experts to disk; hold this much of them: 1.5GiB.")
+    memory: Annotated[
+        str | None, typer.Option(help="Host memory to keep within, all told: 24GiB.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Compute on the GPU, within this much of its memory.")
     ] = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
-    from engine.convert import load_any
-    from engine.experts import load_offloaded
+    from engine.footprint import PREFIX_TOKENS, Workload
     from engine.generation import generate as run
+    from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request, check_tokenizer
     from engine.request import Piece, SamplingParams
@@ -46,25 +50,31 @@ def generate(  # noqa: PLR0913  the options are the interface
         seed=seed,
         stop=tuple(stop or ()),
     )
-    experts = None
-    if expert_memory is None:
-        loaded = load_any(model, parse_dtype(dtype))
-    else:
-        loaded, experts = load_offloaded(model, parse_dtype(dtype), parse_bytes(expert_memory))
-    tokenizer = open_tokenizer(model, loaded.config.tokenizer)
-    check_tokenizer(tokenizer, loaded.config)
+    config = read_storage(model).config
+    tokenizer = open_tokenizer(model, config.tokenizer)
+    check_tokenizer(tokenizer, config)
     text = sys.stdin.read() if text == "-" else text
-    request = build_request(text, tokenizer, loaded.config, params, "cli", fill=fill)
+    request = build_request(text, tokenizer, config, params, "cli", fill=fill)
+    loaded = load_within(
+        model,
+        parse_dtype(dtype),
+        None if memory is None else parse_bytes(memory),
+        None if gpu_memory is None else parse_bytes(gpu_memory),
+        on_plan=lambda plan: typer.echo("\n".join(plan.summary()), err=True),
+        workload=Workload(
+            source_tokens=len(request.encoder_ids), target_tokens=max_tokens + PREFIX_TOKENS
+        ),
+    )
     blank = 0
-    for event in run(loaded, tokenizer, request):
+    for event in run(loaded.model, tokenizer, request):
         if isinstance(event, Piece):
             typer.echo("\n" * (event.blank - blank) + event.text, nl=False)
             sys.stdout.flush()
             blank = event.blank
     typer.echo()
-    if experts is not None:
-        typer.echo(experts.summary(), err=True)
-        experts.close()
+    if loaded.experts is not None:
+        typer.echo(loaded.experts.summary(), err=True)
+        loaded.experts.close()
 
 
 def tokenize(
@@ -86,6 +96,7 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="Directory to write; an older model is replaced.")],
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
     vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
+    experts: Annotated[ExpertFormat, typer.Option(help="Quantise the experts.")] = "none",
 ) -> None:
     """Write a checkpoint as a native model directory. Resumes if it was cut off."""
     from rich.console import Console
@@ -110,7 +121,7 @@ def convert(
                 task, completed=done.done_bytes, total=done.total_bytes, description=done.item
             )
 
-        run(src, dst, parse_dtype(dtype), report, vocab)
+        run(src, dst, parse_dtype(dtype), report, vocab, experts)
     typer.echo(str(dst))
 
 
@@ -147,6 +158,7 @@ def make_random(
     layers: Annotated[int, typer.Option(help="Layers of each stack.")] = 6,
     experts: Annotated[int, typer.Option(help="Experts per layer; 0 is dense.")] = 24,
     dtype: Annotated[DtypeName, typer.Option(help="Number format.")] = "bf16",
+    expert_dtype: Annotated[ExpertFormat, typer.Option(help="Quantise the experts.")] = "none",
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
 ) -> None:
     """Write a CPM-2-MoE-shaped model of random weights, for trying out memory and speed."""
@@ -173,7 +185,7 @@ def make_random(
     def report(done: int, total: int) -> None:
         typer.echo(f"layer {done} of {total}", err=True)
 
-    write_random_model(dst, config, DTYPES[dtype], seed, report)
+    write_random_model(dst, config, DTYPES[dtype], seed, report, expert_dtype)
     typer.echo(str(dst))
 
 

@@ -3,8 +3,9 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,47 +15,70 @@ from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request
 from engine.scheduler import Demand, Limits, Scheduler
 from engine.tokenizer import Tokenizer
+from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """A request in the engine; `is_cancelled` tells that nobody waits for it any more."""
+class Job(Protocol):
+    """A request in the engine. `submitted` is the time of its arrival, of `perf_counter`."""
 
-    request: Request
-    is_cancelled: Callable[[], bool] = lambda: False
-    submitted: float = field(default_factory=perf_counter)
+    @property
+    def request(self) -> Request: ...
+    @property
+    def submitted(self) -> float: ...
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for it any more."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
 
 
 @dataclass(slots=True)
-class Sweep:
+class Sweep(Generic[J]):
     """Texts on their way through the encoder, each text once, however many jobs read it."""
 
-    jobs: list[Job]
+    jobs: list[J]
     texts: list[tuple[int, ...]]
     layers: Generator[None, None, Tensor]
+    moved_before: PipelineStats | None
     began: float = field(default_factory=perf_counter)
 
 
-class Engine:
-    """Carries out requests together. For one thread; `turn` is the whole of it."""
+class Engine(Generic[J]):
+    """Carries out requests together. For one thread; `turn` is the whole of it.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, limits: Limits) -> None:
+    `moved` tells what was counted of offloaded experts so far.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        moved: Callable[[], PipelineStats | None] = lambda: None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._batch = Batch(model)
-        self._jobs: dict[Row, Job] = {}
-        self._sweep: Sweep | None = None
-        self._retries: deque[Job] = deque()  # texts that failed together go again alone
-        self.scheduler: Scheduler[Job] = Scheduler(limits)
+        self._moved = moved
+        self._batch = Batch(model, limits.cache_bytes)
+        self._jobs: dict[Row, J] = {}
+        self._sweep: Sweep[J] | None = None
+        self._retries: deque[J] = deque()  # texts that failed together go again alone
+        self.scheduler: Scheduler[J] = Scheduler(limits)
 
     @property
     def running(self) -> int:
         """Requests that are being encoded or decoded."""
         return len(self._batch) + len(self._retries) + (len(self._sweep.jobs) if self._sweep else 0)
 
-    def add(self, job: Job) -> None:
+    def num_waiting(self) -> int:
+        """Requests that wait to be begun and that somebody waits for."""
+        return self.scheduler.count(lambda job: not job.is_cancelled())
+
+    def add(self, job: J) -> None:
         """Queue a request."""
         request = job.request
         demand = Demand(
@@ -65,7 +89,7 @@ class Engine:
         self.scheduler.add(demand, job)
 
     @torch.inference_mode()
-    def turn(self) -> list[tuple[Job, Event]]:
+    def turn(self) -> list[tuple[J, Event]]:
         """Let in, go on by one layer of the encoder and one token of each row; say what happened.
 
         Each job's last event is Finished or Failed; a job that is cancelled has no more events.
@@ -88,20 +112,27 @@ class Engine:
         if self._retries:
             jobs = [self._retries.popleft()]
         else:
-            jobs = self.scheduler.next_sweep(perf_counter(), self.running)
+            jobs = self.scheduler.next_sweep(perf_counter(), self.running, self._has_room)
         if not jobs:
             return
         texts = list(dict.fromkeys(job.request.encoder_ids for job in jobs))
+        self._sweep = Sweep(jobs, texts, self._encode(texts), self._moved())
+
+    def _encode(self, texts: list[tuple[int, ...]]) -> Generator[None, None, Tensor]:
+        """Pad texts to one length and run the encoder layer by layer."""
         longest = max(map(len, texts))
         device = self._model.embedding.weight.device
         pad = self._model.config.pad_token_id
         tokens_BS = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
         lengths_B1 = torch.tensor([[len(text)] for text in texts])
         segments_BS = (torch.arange(longest) < lengths_B1).long()
-        layers = self._model.encode_layers(tokens_BS.to(device), segments_BS.to(device))
-        self._sweep = Sweep(jobs, texts, layers)
+        return (yield from self._model.encode_layers(tokens_BS.to(device), segments_BS.to(device)))
 
-    def _encode_layer(self) -> list[tuple[Job, Event]]:
+    def _has_room(self, demands: list[Demand]) -> bool:
+        sources = [demand.source_tokens for demand in demands]
+        return self._batch.has_room(sources, [demand.max_tokens for demand in demands])
+
+    def _encode_layer(self) -> list[tuple[J, Event]]:
         """Go on with the sweep; when it is through, its jobs join the batch."""
         sweep = self._sweep
         if sweep is None:
@@ -121,7 +152,7 @@ class Engine:
             return [(sweep.jobs[0], Failed(text))]
         return []
 
-    def _join(self, sweep: Sweep, encoded_BSD: Tensor) -> list[tuple[Job, Event]]:
+    def _join(self, sweep: Sweep[J], encoded_BSD: Tensor) -> list[tuple[J, Event]]:
         encode_s = perf_counter() - sweep.began
         rows, which = [], []
         for job in sweep.jobs:
@@ -129,16 +160,24 @@ class Engine:
                 continue
             row = make_row(job.request, self._model, self._tokenizer)
             row.queued_s, row.encode_s = sweep.began - job.submitted, encode_s
+            row.moved_before = sweep.moved_before
             self._jobs[row] = job
             rows.append(row)
             which.append(sweep.texts.index(job.request.encoder_ids))
         return self._tell(self._batch.join(rows, encoded_BSD, which)) if rows else []
 
-    def _tell(self, outcomes: list[tuple[Row, list[Event]]]) -> list[tuple[Job, Event]]:
+    def _with_moved(self, row: Row, event: Event) -> Event:
+        """At the end, add what was moved of experts meanwhile, for this row and those beside it."""
+        now = self._moved()
+        if not isinstance(event, Finished) or now is None or row.moved_before is None:
+            return event
+        return replace(event, experts=now - row.moved_before)
+
+    def _tell(self, outcomes: list[tuple[Row, list[Event]]]) -> list[tuple[J, Event]]:
         told = []
         for row, events in outcomes:
             job = self._jobs[row]
-            told += [(job, event) for event in events]
+            told += [(job, self._with_moved(row, event)) for event in events]
             if events and isinstance(events[-1], Finished | Failed):
                 del self._jobs[row]
         return told

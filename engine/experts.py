@@ -16,7 +16,7 @@ from engine.checkpoint_tensors import DTYPES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.layers import FeedForwardWeights
-from engine.model.moe import MoELayer
+from engine.model.moe import MoELayer, count_tokens
 from engine.model.quantized import int4_fallback, int8_fallback
 from engine.model.transformer import Transformer
 from engine.units import format_bytes
@@ -69,7 +69,7 @@ class OffloadedExperts:
             return
         with torch.no_grad():
             expert_N = following.assign(following.scores(x_ND))
-            counts_E = torch.bincount(expert_N, minlength=self.plan.experts_per_layer).tolist()
+            counts_E = count_tokens(expert_N, self.plan.experts_per_layer)
         experts = sorted(
             filter(counts_E.__getitem__, range(len(counts_E))), key=lambda e: -counts_E[e]
         )

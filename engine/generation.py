@@ -3,6 +3,7 @@
 import secrets
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -12,8 +13,8 @@ from engine.config import ModelConfig
 from engine.detokenizer import Detokenizer, StopMatcher
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
-from engine.request import Event, Finished, FinishReason, Piece, Request
-from engine.sampling import choose_token
+from engine.request import Event, Finished, FinishReason, Piece, Request, TokenLogprob
+from engine.sampling import choose_token, tell_logprob
 from engine.tokenizer import Tokenizer
 
 
@@ -42,7 +43,11 @@ class Generation:
         self._ends = set(config.eos_token_ids)
         unnamed = range(tokenizer.vocab_size, config.vocab_size)
         marks = {config.pad_token_id, config.decoder_start_token_id, *tokenizer.control_ids}
-        self._never = list((marks | set(unnamed)) - self._ends)
+        self._never = sorted((marks | set(unnamed)) - self._ends)
+        self._never_V: Tensor | None = None
+        self._stop_ids = set(request.params.stop_token_ids)
+        closing = self._sentinels if config.continuation_sentinel is not None else []
+        self._closing = sorted({*self._ends, *closing})  # what ends a text that is continued
         self._open_blank()
 
     def _open_blank(self) -> None:
@@ -52,8 +57,11 @@ class Generation:
 
     def ban(self, logits_V: Tensor) -> Tensor:
         """Scores (V,) with -inf at the tokens that must not come next."""
-        logits_V = logits_V.clone()
-        logits_V[self._never] = -torch.inf
+        if self._never_V is None:
+            self._never_V = self._forbidden(len(logits_V)).to(logits_V.device)
+        logits_V = logits_V.masked_fill(self._never_V, -torch.inf)
+        if self.num_tokens < self.request.params.min_tokens:
+            logits_V[self._closing + sorted(self._stop_ids)] = -torch.inf
         if self.request.num_blanks:
             closing = self._sentinels[self.blank + 1]
             keep = logits_V[closing].clone()
@@ -64,11 +72,32 @@ class Generation:
                 logits_V[list(self._ends)] = -torch.inf
         return logits_V
 
-    def push(self, token_id: int) -> list[Piece]:
+    def _forbidden(self, num_scores: int) -> Tensor:
+        """Which tokens (V,), bool, may never come in this row."""
+        params = self.request.params
+        if params.allowed_token_ids:
+            never_V = torch.ones(num_scores, dtype=torch.bool)
+            never_V[list(params.allowed_token_ids)] = False
+        else:
+            never_V = torch.zeros(num_scores, dtype=torch.bool)
+        never_V[self._never] = True
+        if params.ignore_eos:
+            never_V[self._closing] = True
+        return never_V
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> list[Piece]:
         """Take the chosen token; returns the text that is final now."""
+        pieces = self._take(token_id)
+        if logprob is None:
+            return pieces
+        if not pieces:  # an end mark has no text, but somebody asked how likely it was
+            return [Piece("", (), self.blank, (logprob,))]
+        return [replace(pieces[0], logprobs=(logprob,)), *pieces[1:]]
+
+    def _take(self, token_id: int) -> list[Piece]:
         self.num_tokens += 1
         self.counts[token_id] += 1
-        if token_id in self._ends:
+        if token_id in self._ends or token_id in self._stop_ids:
             return self._end("stop", token_id)
         if (index := self._mark(token_id)) is not None:
             pieces = self._close_blank(index, token_id)
@@ -133,9 +162,12 @@ def generate(
     tokens_BT = torch.tensor([row.prefix], device=device)
     while row.finish is None:
         hidden_BTD = model.step(tokens_BT, cache)
-        logits_V = row.ban(model.logits(hidden_BTD[0, -1]))
-        token_id = choose_token(logits_V, params, generator, row.counts)
-        yield from row.push(token_id)
+        logits_V = model.logits(hidden_BTD[0, -1])
+        token_id = choose_token(row.ban(logits_V), params, generator, row.counts)
+        asked = params.logprobs
+        yield from row.push(
+            token_id, None if asked is None else tell_logprob(logits_V, token_id, asked)
+        )
         tokens_BT = torch.tensor([[token_id]], device=device)
     yield Finished(
         *row.finish,

@@ -50,10 +50,7 @@ def build_request(
     limit = config.max_positions * LENGTH_FACTOR
     if params.max_tokens > limit:  # the cache is allocated for all of them
         raise RequestError(f"max_tokens is {params.max_tokens}; the limit is {limit}", "max_tokens")
-    if unknown := [i for i, _ in params.logit_bias if i >= config.vocab_size]:
-        raise RequestError(
-            f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "logit_bias"
-        )
+    _check_ids(params, config)
     if isinstance(prompt, str):
         if len(prompt) > limit * MAX_TOKEN_CHARS:
             raise PromptTooLong(
@@ -123,3 +120,17 @@ def decoder_prefix(request: Request, tokenizer: Tokenizer, config: ModelConfig) 
     elif config.continuation_sentinel is not None:
         prefix.append(tokenizer.sentinel_id(config.continuation_sentinel))
     return prefix
+
+
+def _check_ids(params: SamplingParams, config: ModelConfig) -> None:
+    """Raise RequestError, naming the field, if a parameter names an id that the model lacks."""
+    named = {
+        "logit_bias": [token_id for token_id, _ in params.logit_bias],
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids,
+    }
+    for field, ids in named.items():
+        if unknown := [i for i in ids if not 0 <= i < config.vocab_size]:
+            raise RequestError(
+                f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", field
+            )

@@ -9,6 +9,7 @@ from offload.pipeline import PipelineStats
 FinishReason = Literal["stop", "length", "cancelled"]
 
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,9 +17,12 @@ class SamplingParams:
     """How the next token is chosen and when to end.
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and typical_p 1 keep everything; penalties of
-    1 (repetition) and 0 change nothing. `logit_bias` is added to scores, by token id. `max_tokens`
-    counts generated tokens. `seed` None draws a fresh one. `stop` strings end the text and are not
-    part of it.
+    1 (repetition) and 0 change nothing. `logit_bias` is added to scores, by token id;
+    `allowed_token_ids`, if there are any, are the only ones that may come. `max_tokens` counts
+    generated tokens; before `min_tokens` only a stop string ends the text, and with `ignore_eos`
+    the model's own end never does. `seed` None draws a fresh one. `stop` strings and
+    `stop_token_ids` end the text and are not part of it. `logprobs` asks for the log-probability of
+    each token and of so many of the likeliest.
     """
 
     max_tokens: int = 64
@@ -33,6 +37,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -57,6 +66,15 @@ class SamplingParams:
                 )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise RequestError(f"seed is {self.seed}; it must fit 64 bits", "seed")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}; allowed: 0 to max_tokens {self.max_tokens}",
+                "min_tokens",
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"logprobs is {self.logprobs}; allowed: 0 to {MAX_LOGPROBS}", "logprobs"
+            )
         if len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
             raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none empty", "stop")
 
@@ -94,19 +112,37 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a chosen token, and its likeliest ones, before any sampling.
+
+    Natural logarithms; `top` is sorted, and the chosen token may or may not be in it.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Some more text; `blank` tells which blank it belongs to (0 when continuing)."""
+    """Some more text; `blank` tells which blank it belongs to (0 when continuing).
+
+    `logprobs` are those of `token_ids`, where they were asked for; the token that ended the text
+    has one as well.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     blank: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The end of a request, with its accounts. Times in seconds.
 
-    `experts` counts what offloading did for it; None where all experts are resident.
+    `experts` counts what was moved while it ran, shared with those that ran beside it; None where
+    all experts are resident.
     """
 
     reason: FinishReason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError
-from engine.request import SamplingParams
+from engine.request import SamplingParams, TokenLogprob
 
 MIN_TEMPERATURE = 1e-6  # below it scores overflow fp32, and long before it only the best is drawn
 
@@ -111,6 +111,12 @@ def keep_typical(scores_V: Tensor, typical_p: float) -> Tensor:
     return scores_V.index_fill(-1, ids_V[distance_V > distance_V[last]], -torch.inf)
 
 
-def log_probs_of(logits_V: Tensor) -> Tensor:
-    """Log-probabilities (V,), fp32, of the model's own scores, before anything is done to them."""
-    return logits_V.float().log_softmax(-1)
+def tell_logprob(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Log-probabilities by the model's own scores, before anything is done to them, in fp32.
+
+    The chosen token and the likeliest ones are read from the same numbers.
+    """
+    log_probs_V = logits_V.float().log_softmax(-1)
+    values, ids = log_probs_V.topk(min(num_top, len(log_probs_V)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token_id, float(log_probs_V[token_id]), top)

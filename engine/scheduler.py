@@ -10,7 +10,8 @@ from typing import Generic, TypeVar
 class Limits:
     """How much runs at once. Times in seconds.
 
-    `max_rows` decode together; a sweep of the encoder takes texts of `max_sweep_tokens` with their
+    `max_rows` decode together, with caches of `cache_bytes` at most (None: no limit), but for one
+    row, which always may. A sweep of the encoder takes texts of `max_sweep_tokens` with their
     padding, at least one text. The first text waits up to `window_s` for others, unless nothing
     else is to be done.
     """
@@ -18,6 +19,7 @@ class Limits:
     max_rows: int = 32
     max_sweep_tokens: int = 8192
     window_s: float = 0.01
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.max_sweep_tokens < 1 or self.window_s < 0:
@@ -71,6 +73,11 @@ class Scheduler(Generic[T]):
         queue = self._queues.setdefault((demand.priority, demand.key), deque())
         queue.append((demand, item))
 
+    def count(self, is_meant: Callable[[T], bool]) -> int:
+        """Waiting requests of which that is true; other threads may ask."""
+        queues = list(self._queues.values())
+        return sum(is_meant(item) for queue in queues for _, item in tuple(queue))
+
     def drop(self, is_unwanted: Callable[[Demand, T], bool]) -> list[T]:
         """Take out all waiting requests of which that is true. Returns them."""
         dropped: list[T] = []
@@ -84,31 +91,39 @@ class Scheduler(Generic[T]):
             self._keep(name, kept)
         return dropped
 
-    def next_sweep(self, now: float, running: int) -> list[T]:
-        """Take the texts of the next sweep; none if it is better to wait, or no row is free."""
+    def next_sweep(
+        self, now: float, running: int, has_room: Callable[[list[Demand]], bool] = lambda _: True
+    ) -> list[T]:
+        """Take the texts of the next sweep; none if it is better to wait, or no row is free.
+
+        `has_room` tells whether such requests can be added to those that run.
+        """
         free = self.limits.max_rows - running
         if free <= 0 or not self._queues or (running and self._may_wait(now, free)):
             return []
-        chosen: list[T] = []
-        longest = 0
+        chosen: list[tuple[Demand, T]] = []
         while self._queues and len(chosen) < free:
             name = self._next_queue()
             demand, item = self._queues[name][0]
-            longest = max(longest, demand.source_tokens)
-            if chosen and longest * (len(chosen) + 1) > self.limits.max_sweep_tokens:
+            together = [*(other for other, _ in chosen), demand]
+            if not has_room(together) or (chosen and not self._is_small(together)):
                 break
             self._queues[name].popleft()
             self._keep(name, self._queues[name])
             self._served[demand.key] += demand.cost
-            chosen.append(item)
+            chosen.append((demand, item))
         if not self._queues:
             self._served.clear()
-        return chosen
+        return [item for _, item in chosen]
 
     def wait_s(self, now: float) -> float:
         """How long the collecting of texts goes on at most; 0 if the time is over."""
         first = min((queue[0][0].arrived for queue in self._queues.values()), default=now)
         return max(first + self.limits.window_s - now, 0.0)
+
+    def _is_small(self, demands: list[Demand]) -> bool:
+        longest = max(demand.source_tokens for demand in demands)
+        return longest * len(demands) <= self.limits.max_sweep_tokens
 
     def _may_wait(self, now: float, free: int) -> bool:
         """Whether others may still come to share a sweep with those that wait."""

@@ -10,16 +10,20 @@ from time import perf_counter
 from typing import Literal
 
 from engine.config import ModelConfig
+from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, Overloaded
 from engine.experts import OffloadedExperts
-from engine.generation import generate
 from engine.model.transformer import Transformer
+from engine.planning import CACHES, MemoryPlan
 from engine.prompt import check_tokenizer
 from engine.request import Event, Failed, Finished, Request
+from engine.scheduler import Limits
 from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_LIMITS = Limits()
 
 State = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
 
@@ -31,6 +35,7 @@ class LoadedModel:
     model: Transformer
     tokenizer: Tokenizer
     experts: OffloadedExperts | None = None  # None: all are resident
+    plan: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config)
@@ -48,6 +53,16 @@ class EngineStats:
     experts: PipelineStats | None  # None: all experts are resident
 
 
+def within_plan(limits: Limits, plan: MemoryPlan) -> Limits:
+    """Limits that need no more caches and no longer sweeps than a plan has memory for."""
+    planned = plan.workload.rows * plan.workload.source_tokens
+    return replace(
+        limits,
+        cache_bytes=plan.parts()[CACHES],
+        max_sweep_tokens=min(limits.max_sweep_tokens, planned),
+    )
+
+
 class Ticket:
     """One accepted request on its way.
 
@@ -61,6 +76,10 @@ class Ticket:
         self._loop = loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._done = False
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody listens any more."""
+        return self.cancelled.is_set()
 
     def put(self, event: Event) -> None:
         """Hand an event over, from the engine thread."""
@@ -86,9 +105,7 @@ class Ticket:
 
 
 class Worker:
-    """Runs one model in one thread.
-
-    Requests wait in a bounded queue and are served one after another.
+    """Runs one model in one thread. Requests wait in a bounded queue and are served together.
 
     `load` is called in the engine thread, so that `start` returns at once; it is given a function
     that reports the phase. States: starting, loading, ready, draining, stopped; failed when loading
@@ -100,16 +117,19 @@ class Worker:
         model_name: str,
         load: Callable[[Callable[[str], None]], LoadedModel],
         max_queue: int = 64,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.model_name = model_name
         self.state: State = "starting"
         self.phase = "starting"
         self.failure: str | None = None
         self._load = load
+        self._limits = limits
         self._max_queue = max_queue
         self._loaded: LoadedModel | None = None
-        self._waiting: deque[Ticket] = deque()
-        self._running: Ticket | None = None
+        self._engine: Engine[Ticket] | None = None
+        self._arrived: deque[Ticket] = deque()
+        self._open: set[Ticket] = set()
         self._changed = threading.Condition()
         self._counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -128,6 +148,17 @@ class Worker:
         """Tokenizer of the model. Raises EngineStopped before it is loaded."""
         return self._model().tokenizer
 
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """How memory is shared out; None before the model is loaded, or if nobody planned."""
+        return self._loaded.plan if self._loaded else None
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What works in a slower way than it should, and why."""
+        experts = self._loaded.experts if self._loaded else None
+        return experts.fallbacks if experts else ()
+
     def _model(self) -> LoadedModel:
         if self._loaded is None:
             detail = self.failure or f"{self.phase}; ask /health/ready"
@@ -143,24 +174,27 @@ class Worker:
         with self._changed:
             if self.state != "ready":
                 raise EngineStopped(f"the engine is {self.state}; no request is accepted")
-            self._waiting = deque(t for t in self._waiting if not t.cancelled.is_set())
-            if len(self._waiting) >= self._max_queue:
-                raise Overloaded(
-                    f"{len(self._waiting)} requests are waiting already; try again later"
-                )
-            self._waiting.append(ticket)
+            self._open = {other for other in self._open if not other.is_cancelled()}
+            waiting = self._num_waiting()
+            if waiting >= self._max_queue:
+                raise Overloaded(f"{waiting} requests are waiting already; try again later")
+            self._arrived.append(ticket)
+            self._open.add(ticket)
             self._changed.notify_all()
         return ticket
 
     def stats(self) -> EngineStats:
         """A snapshot of counts and load."""
         with self._changed:
-            queued = sum(not ticket.cancelled.is_set() for ticket in self._waiting)
             offloaded = self._loaded.experts if self._loaded else None
             experts = offloaded.stats if offloaded else None
-            return EngineStats(
-                queued, int(self._running is not None), **self._counts, experts=experts
-            )
+            running = self._engine.running if self._engine else 0
+            return EngineStats(self._num_waiting(), running, **self._counts, experts=experts)
+
+    def _num_waiting(self) -> int:
+        """Requests that have not been begun and that somebody waits for."""
+        arrived = sum(not ticket.is_cancelled() for ticket in self._arrived)
+        return arrived + (self._engine.num_waiting() if self._engine else 0)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, finish those accepted, end the thread. Blocks.
@@ -189,8 +223,7 @@ class Worker:
         """The engine thread. Whatever ends it, no request is left without an end."""
         try:
             if self._start_model():
-                while (ticket := self._next()) is not None:
-                    self._serve(ticket)
+                self._serve()
         except Exception:  # our own mistake; the thread's last chance to say so
             logger.exception("the engine thread broke")
             with self._changed:
@@ -203,9 +236,9 @@ class Worker:
             ticket.put(Failed("the engine ended before the request was finished"))
 
     def _take_unfinished(self) -> list[Ticket]:
-        left = [*([self._running] if self._running else []), *self._waiting]
-        self._waiting.clear()
-        self._running = None
+        left = [ticket for ticket in self._open if not ticket.is_cancelled()]
+        self._arrived.clear()
+        self._open.clear()
         return left
 
     def _start_model(self) -> bool:
@@ -230,41 +263,37 @@ class Worker:
     def _report_phase(self, phase: str) -> None:
         self.phase = phase
 
-    def _next(self) -> Ticket | None:
+    def _serve(self) -> None:
+        assert self._loaded is not None
+        model, tokenizer, experts = self._loaded.model, self._loaded.tokenizer, self._loaded.experts
+        moved = (lambda: experts.stats) if experts else (lambda: None)
+        limits = within_plan(self._limits, self._loaded.plan) if self._loaded.plan else self._limits
+        self._engine = Engine(model, tokenizer, limits, moved)
+        while self._take_in(self._engine):
+            for ticket, event in self._engine.turn():
+                self._tell(ticket, event)
+
+    def _take_in(self, engine: "Engine[Ticket]") -> bool:
+        """Hand over what has arrived; wait if there is nothing to do. False: it is over."""
         with self._changed:
-            self._running = None
             while True:
-                while self._waiting:
-                    ticket = self._waiting.popleft()
-                    if not ticket.cancelled.is_set():
-                        self._running = ticket
-                        return ticket
+                while self._arrived:
+                    engine.add(self._arrived.popleft())
+                if engine.running or engine.num_waiting():
+                    return True
                 if self.state != "ready":
-                    return None
+                    return False
                 self._changed.wait()
 
-    def _serve(self, ticket: Ticket) -> None:
-        assert self._loaded is not None
-        queued_s = perf_counter() - ticket.submitted
-        model, tokenizer = self._loaded.model, self._loaded.tokenizer
-        experts = self._loaded.experts
-        before = experts.stats if experts else None
-        try:
-            for event in generate(model, tokenizer, ticket.request, queued_s=queued_s):
-                if ticket.cancelled.is_set():
-                    logger.info("%s cancelled", ticket.request.request_id)
-                    return
-                if isinstance(event, Finished):
-                    if experts and before:  # one request at a time: what was counted is its own
-                        event = replace(event, experts=experts.stats - before)
-                    self._count(event)
-                ticket.put(event)
-        except (EngineError, RuntimeError, ValueError, MemoryError) as error:
-            # one request must not take the engine down; whoever sent it is told
-            logger.exception("%s failed", ticket.request.request_id)
-            ticket.put(
-                Failed(f"the engine could not carry out the request: {type(error).__name__}")
-            )
+    def _tell(self, ticket: Ticket, event: Event) -> None:
+        if ticket.is_cancelled():
+            return
+        if isinstance(event, Finished):
+            self._count(event)
+        if isinstance(event, Finished | Failed):
+            with self._changed:
+                self._open.discard(ticket)
+        ticket.put(event)
 
     def _count(self, event: Finished) -> None:
         with self._changed:

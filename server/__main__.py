@@ -23,10 +23,15 @@ COMMANDS = {
     "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
     "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
     "convert": Command("engine.cli", "convert", "Write a checkpoint as a native model directory."),
+    "plan": Command("engine.cli_memory", "plan", "Tell what lives where, before loading."),
+    "simulate": Command("engine.cli_simulate", "simulate", "Replay routing under other plans."),
     "inspect": Command("engine.cli", "inspect_model", "Tell what a model directory holds."),
     "make-random": Command("engine.cli", "make_random", "Write a model of random weights."),
     "bench": Command("engine.cli", "bench", "Measure decoding against its limits."),
+    "bench-offload": Command("engine.cli_bench", "bench_offload", "Compare ways of offloading."),
+    "bench-gpu": Command("engine.cli_bench", "bench_gpu", "Measure a GPU with random weights."),
     "train": Command("training.cli", "train", "Train a model as a recipe says."),
+    "eval": Command("training.cli", "compare", "Measure a model against a reference."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),
 }
 

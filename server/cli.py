@@ -20,27 +20,29 @@ logger = logging.getLogger(__name__)
 def open_engine(model: Path, settings: Settings) -> Engine:
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
-    from engine.convert import load_any
-    from engine.experts import load_offloaded
+    from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
+    from engine.planning import MemoryPlan
     from engine.tokenizer import open_tokenizer
     from engine.worker import LoadedModel, Worker
 
+    def log_plan(plan: MemoryPlan) -> None:
+        for line in plan.summary():
+            logger.info(line)
+
     def load(report_phase: Callable[[str], None]) -> LoadedModel:
         report_phase("reading weights")
-        dtype = parse_dtype(settings.dtype)
-        if settings.expert_memory is None:
-            transformer, experts = load_any(model, dtype), None
-        else:
-            transformer, experts = load_offloaded(
-                model,
-                dtype,
-                settings.expert_memory,
-                lambda done, total: report_phase(f"reading expert {done} of {total}"),
-            )
-            logger.info(experts.summary())
-        tokenizer = open_tokenizer(model, transformer.config.tokenizer)
-        return LoadedModel(transformer, tokenizer, experts)
+        # before the weights: its dictionary is memory of the process, which the plan counts
+        tokenizer = open_tokenizer(model, read_storage(model).config.tokenizer)
+        loaded = load_within(
+            model,
+            parse_dtype(settings.dtype),
+            settings.memory,
+            settings.gpu_memory,
+            report_phase,
+            log_plan,
+        )
+        return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan)
 
     worker = Worker(model.resolve().name, load, max_queue=settings.max_queue)
     worker.start()
@@ -72,8 +74,11 @@ def serve(
         int | None, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)
     ] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
-    expert_memory: Annotated[
-        str | None, typer.Option(help="Offload experts to disk; hold this much of them: 1.5GiB.")
+    memory: Annotated[
+        str | None, typer.Option(help="Host memory to keep within, all told: 24GiB.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Compute on the GPU, within this much of its memory.")
     ] = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)
@@ -89,7 +94,8 @@ def serve(
         host=host,
         port=port,
         dtype=dtype,
-        expert_memory=expert_memory,
+        memory=memory,
+        gpu_memory=gpu_memory,
         max_queue=max_queue,
         log_level=log_level,
     )

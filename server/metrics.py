@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -62,6 +62,7 @@ class Metrics:
         for name, (text, read) in live.items():
             Gauge(name, text, registry=self.registry).set_function(read)
         self.registry.register(ExpertCollector(engine))
+        self.registry.register(PlanCollector(engine))
 
 
 class ExpertCollector(Collector):
@@ -84,6 +85,27 @@ class ExpertCollector(Collector):
         }
         for name, (text, value) in counts.items():
             yield CounterMetricFamily(name, text, value=value)
+
+
+class PlanCollector(Collector):
+    """What the memory is planned for, and what works in a slower way than it should."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Both as they are now; the plan once there is one."""
+        plan = self._engine.plan
+        if plan is not None:
+            text = "Bytes that the plan gives to each part"
+            family = GaugeMetricFamily("infmoe_plan_bytes", text, labels=["part"])
+            for part, size in plan.parts().items():
+                family.add_metric([part.replace(" ", "_").lower()], size)
+            yield family
+        family = GaugeMetricFamily("infmoe_fallbacks", "1 for each slower way", labels=["what"])
+        for fallback in dict.fromkeys(self._engine.fallbacks):
+            family.add_metric([fallback], 1)
+        yield family
 
 
 class Meter:

@@ -1,6 +1,6 @@
 """What the server needs of an engine: `engine.worker.Worker`, or a fake in the tests."""
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Literal, Protocol
 
 from engine.config import ModelConfig
@@ -49,10 +49,18 @@ class EventStream(Protocol):
     def aclose(self) -> Awaitable[None]: ...
 
 
+class Plan(Protocol):
+    """How memory is shared out: bytes of each part by name, and all of it in JSON's types."""
+
+    def parts(self) -> Mapping[str, int]: ...
+    def facts(self) -> Mapping[str, object]: ...
+
+
 class Engine(Protocol):
     """One model behind a queue. `config` and `tokenizer` are there once `state` is ready.
 
-    `phase` tells in words what loading is at, `failure` why the state is failed.
+    `phase` tells in words what loading is at, `failure` why the state is failed, `fallbacks` what
+    works in a slower way than it should. `plan` is None where there is none, or none yet.
     """
 
     @property
@@ -67,6 +75,10 @@ class Engine(Protocol):
     def phase(self) -> str: ...
     @property
     def failure(self) -> str | None: ...
+    @property
+    def plan(self) -> Plan | None: ...
+    @property
+    def fallbacks(self) -> tuple[str, ...]: ...
 
     def submit(self, request: Request) -> EventStream:
         """Queue a request without waiting. Raises RequestError, Overloaded or EngineStopped."""

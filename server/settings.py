@@ -26,7 +26,8 @@ class Settings(BaseSettings):
 
     model: Path | None = None
     dtype: DtypeName | None = None
-    expert_memory: ByteSize | None = None
+    memory: ByteSize | None = None
+    gpu_memory: ByteSize | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
     max_queue: Count = 256

@@ -10,6 +10,7 @@ import uvicorn
 
 from engine.config import ModelConfig
 from engine.errors import EngineStopped, Overloaded
+from engine.planning import MemoryPlan
 from engine.request import Event, Failed, Finished, FinishReason, Piece, Request
 from engine.tokenizer import ByteTokenizer
 from offload.pipeline import PipelineStats
@@ -122,6 +123,8 @@ class FakeEngine:
         self.phase = "ready"
         self.failure: str | None = None
         self.experts: PipelineStats | None = None
+        self.plan: MemoryPlan | None = None
+        self.fallbacks: tuple[str, ...] = ()
         self.submitted: list[Request] = []
         self.cancelled: list[str] = []
         self.held = threading.Event()

@@ -128,10 +128,21 @@ def test_the_demo_is_a_small_mixture_of_experts(capsys):
     assert sum(file.stat().st_size for file in DEMO.iterdir()) <= 16_000_000
 
 
-@pytest.mark.slow
-def test_the_demo_serves_the_same_text_within_a_third_of_its_experts():
+def least_memory() -> int:
+    """The least budget that a server of the demo names when it is given too little."""
     command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0"]
-    command += ["--expert-memory", "2200KB"]
+    refused = subprocess.run(
+        [*command, "--memory", "1MB"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    return int(re.search(r"give (\d+) bytes or more", refused.stderr)[1])
+
+
+@pytest.mark.slow
+def test_the_demo_serves_the_same_text_within_some_of_its_experts():
+    """Room for 11 experts more than the least, give or take what a process takes more or less."""
+    command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0"]
+    command += ["--memory", str(least_memory() + 3 * 2**20)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
         wait_until_ready(url)
@@ -141,9 +152,15 @@ def test_the_demo_serves_the_same_text_within_a_third_of_its_experts():
             )
         with urllib.request.urlopen(url + "/metrics", timeout=5) as metrics:
             text = metrics.read().decode()
+        with urllib.request.urlopen(url + "/v1/info", timeout=5) as info:
+            facts = json.load(info)
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
     assert process.returncode == 0, log
     assert reply.choices[0].text == plain(PROMPTS[0], max_tokens=16)
-    assert "experts: 7 slots for 24" in log
+    slots = int(re.search(r"; (\d+) slots for 24 experts", log)[1])
+    assert 2 <= slots < 24
     assert float(re.search(r"^infmoe_expert_misses_total (\S+)$", text, re.M)[1]) > 0
+    assert facts["plan"]["planned_bytes"]["host"] <= facts["plan"]["budget_bytes"]["host"]
+    part = r'^infmoe_plan_bytes\{part="expert_slots"\} (\S+)$'
+    assert float(re.search(part, text, re.M)[1]) == slots * facts["plan"]["slot_bytes"]

@@ -1,22 +1,34 @@
 """Requests together give what they give alone, however they come, go and fail."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache import STEP, RowCache
-from engine.engine import Engine, Job
+from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.generation import generate
 from engine.prompt import build_request
-from engine.request import Failed, Finished, Piece, SamplingParams
+from engine.request import Failed, Finished, Piece, Request, SamplingParams
 from engine.scheduler import Limits
 from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
 
 TOKENIZER = byte_tokenizer()
 # in double precision no two scores are so near that the order of sums decides between them
 MODELS = {config: tiny_model(config, seed=5).double() for config in (MOE, DENSE)}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A request as the engine sees it."""
+
+    request: Request
+    is_cancelled: Callable[[], bool] = lambda: False
+    submitted: float = 0.0
 
 
 def make_request(text="hello", config=MOE, fill=False, name="r", **params):
@@ -112,6 +124,35 @@ def test_together_equals_alone(plans, max_rows, sweep, config):
         else:
             assert got == expected[: len(got)]
     assert engine.running == 0
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 40)), min_size=1, max_size=8),
+    room=st.floats(0, 3),
+)
+def test_caches_stay_within_their_bytes_but_for_one_row_alone(lengths, room):
+    model = MODELS[DENSE]
+    one = RowCache(model)
+    longest = max(sum(pair) for pair in lengths)
+    with torch.no_grad():
+        one.append(
+            torch.zeros(1, longest, DENSE.d_model, dtype=torch.float64), [longest], [longest]
+        )
+    limit = int(one.nbytes * room)
+    engine = Engine(model, TOKENIZER, Limits(cache_bytes=limit))
+    jobs = [
+        Job(make_request([65] * source, DENSE, max_tokens=target, seed=0, temperature=1.0))
+        for source, target in lengths
+    ]
+    for job in jobs:
+        engine.add(job)
+    ends = 0
+    while engine.running or len(engine.scheduler):
+        ends += sum(isinstance(event, Finished) for _, event in engine.turn())
+        batch = engine._batch
+        assert len(batch) <= 1 or batch._cache.nbytes <= limit
+    assert ends == len(jobs)
 
 
 def test_equal_texts_go_through_the_encoder_once():
@@ -237,6 +278,7 @@ def test_rows_leave_and_join_without_disturbing_the_others():
     tokens = random_ids(3, 6, 1)
     for position in range(2):
         model.step(tokens[:, position : position + 1], cache.view())
+        cache.advance(0, 3, 1)
     cache.remove(0)
     assert len(cache) == 2
     cache.append(encoded[0], [3], [STEP + 1])  # the arenas grow

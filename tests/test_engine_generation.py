@@ -211,6 +211,62 @@ def test_penalties_count_what_the_row_holds():
     assert tokens(logit_bias=((70, 100.0),)) == [70] * 30
 
 
+def test_only_allowed_tokens_come_and_an_end_only_if_it_is_among_them():
+    model = tiny_model(seed=4)
+    tokens, _, finished = run(model, request("abc", max_tokens=9, allowed_token_ids=(70, 71)))
+    assert set(tokens) <= {70, 71}
+    assert (len(tokens), finished.reason) == (9, "length")
+    _, _, ended = run(model, request("abc", max_tokens=9, allowed_token_ids=(EOS,)))
+    assert (ended.reason, ended.completion_tokens) == ("stop", 1)
+
+
+def test_nothing_ends_a_text_before_its_least_length_and_never_if_ends_are_ignored():
+    model = tiny_model(seed=4)
+    _, _, early = run(model, request("abc", max_tokens=9))
+    assert (early.reason, early.completion_tokens) == ("stop", 1)
+    _, _, later = run(model, request("abc", max_tokens=9, min_tokens=4))
+    assert later.completion_tokens > 4 or later.reason == "length"
+    tokens, _, never = run(model, request("abc", max_tokens=9, ignore_eos=True))
+    assert (never.reason, len(tokens)) == ("length", 9)
+
+
+def test_stop_ids_end_the_text_like_end_marks():
+    model = tiny_model(seed=9)
+    (first, *_), _, _ = run(model, request("abc", max_tokens=30))
+    tokens, _, finished = run(model, request("abc", max_tokens=30, stop_token_ids=(first,)))
+    assert (tokens, finished.reason, finished.stop_reason) == ([], "stop", first)
+    tokens, _, _ = run(model, request("abc", max_tokens=30, stop_token_ids=(first,), min_tokens=3))
+    assert len(tokens) >= 3
+    assert first not in tokens
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
+def test_ids_that_the_model_lacks_are_refused(field):
+    with pytest.raises(RequestError, match="token id 384 is outside the vocabulary") as caught:
+        request("abc", **{field: (384,)})
+    assert caught.value.field == field
+
+
+def test_each_token_tells_its_log_probability_if_asked_the_end_mark_too():
+    model = tiny_model(seed=1)
+    asked = request("abc", max_tokens=30, logprobs=2)
+    events = list(generate(model, TOKENIZER, asked))
+    plain = list(generate(model, TOKENIZER, replace(asked, params=SamplingParams(max_tokens=30))))
+    told = [entry for e in events[:-1] for entry in e.logprobs]
+    assert "".join(e.text for e in events[:-1]) == "".join(e.text for e in plain[:-1])
+    assert len(told) == events[-1].completion_tokens
+    assert events[-1].reason == "stop"
+    target = [*decoder_prefix(asked, TOKENIZER, MOE), *(entry.token_id for entry in told)]
+    source = torch.tensor([asked.encoder_ids])
+    decoder = torch.tensor([target[:-1]])
+    ones = torch.ones_like
+    with torch.no_grad():
+        scores = model(source, ones(source), decoder, ones(decoder))[0].log_softmax(-1)
+    for entry, row in zip(told, scores[-len(told) :], strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+        assert [i for i, _ in entry.top] == row.topk(2).indices.tolist()
+
+
 def test_sampling_repeats_with_its_seed_and_tells_a_seed_it_drew():
     model = tiny_model(seed=4)
     asked = request("some text", max_tokens=16, temperature=1.5)

@@ -9,7 +9,7 @@ from transformers.generation import logits_process as hf
 
 from engine.errors import EngineError
 from engine.request import SamplingParams
-from engine.sampling import choose_token, filter_scores, log_probs_of, penalize
+from engine.sampling import choose_token, filter_scores, penalize, tell_logprob
 
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
@@ -195,6 +195,15 @@ def test_penalties_work_on_greedy_and_on_drawn_tokens(temperature):
     assert choose_token(scores, params, generator, {}) == 1
 
 
-def test_log_probabilities_are_those_of_the_model():
-    torch.testing.assert_close(log_probs_of(PROBS.log().bfloat16()).exp().sum(), torch.tensor(1.0))
-    torch.testing.assert_close(log_probs_of(PROBS.log() + 7), PROBS.log())
+def test_log_probabilities_are_those_of_the_model_and_agree_with_one_another():
+    logits = torch.tensor([0.5, -1.0, 3.0, 2.0])
+    expected = logits.log_softmax(-1).tolist()
+    told = tell_logprob(logits, 0, 2)
+    assert told.token_id == 0
+    assert told.logprob == pytest.approx(expected[0])
+    assert [i for i, _ in told.top] == [2, 3]
+    assert [p for _, p in told.top] == pytest.approx([expected[2], expected[3]])
+    best = tell_logprob(logits.bfloat16(), 2, 9)
+    assert len(best.top) == 4
+    assert best.top[0] == (2, best.logprob)  # the very same float
+    assert tell_logprob(logits, 1, 0).top == ()

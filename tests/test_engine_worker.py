@@ -267,7 +267,7 @@ def test_closing_a_stream_ends_the_request_at_its_next_step():
 def test_a_request_that_breaks_is_told_and_the_next_is_served():
     def broken_once(report):
         loaded = load(report)
-        encode, calls = loaded.model.encode, []
+        encode, calls = loaded.model.encode_layers, []
 
         def fails_first(*args):
             calls.append(args)
@@ -275,7 +275,7 @@ def test_a_request_that_breaks_is_told_and_the_next_is_served():
                 raise RuntimeError("out of memory at 0xdeadbeef")
             return encode(*args)
 
-        loaded.model.encode = fails_first
+        loaded.model.encode_layers = fails_first
         return loaded
 
     worker = Worker("tiny", broken_once)
@@ -286,7 +286,7 @@ def test_a_request_that_breaks_is_told_and_the_next_is_served():
         return [await collect(worker.submit(request(max_tokens=1))) for _ in range(2)]
 
     first, second = run(scenario())
-    assert first == [Failed("the engine could not carry out the request: RuntimeError")]
+    assert first == [Failed("the engine could not read the prompt: RuntimeError")]
     assert isinstance(second[-1], Finished)
     assert worker.drain(TIMEOUT_S)
 
@@ -357,7 +357,7 @@ def test_a_broken_engine_thread_leaves_no_request_waiting():
         def encode(*args):
             raise AssertionError("our mistake")
 
-        loaded.model.encode = encode
+        loaded.model.encode_layers = encode
         return loaded
 
     worker = Worker("tiny", fails_our_own_check)

@@ -151,8 +151,11 @@ def test_unknown_host_is_one_line():
 def test_settings_from_the_environment(monkeypatch):
     monkeypatch.setenv("INFMOE_PORT", "9000")
     monkeypatch.setenv("INFMOE_MAX_QUEUE", "70")
+    monkeypatch.setenv("INFMOE_MEMORY", "24GiB")
+    monkeypatch.setenv("INFMOE_GPU_MEMORY", "16 GiB")
     settings = read_settings(port=9001, host=None)
     assert (settings.port, settings.max_queue, settings.host) == (9001, 70, "127.0.0.1")
+    assert (settings.memory, settings.gpu_memory) == (24 * 2**30, 16 * 2**30)
 
 
 def test_misspelt_setting_is_refused(monkeypatch):
@@ -167,7 +170,8 @@ def test_misspelt_setting_is_refused(monkeypatch):
         ({"port": 70_000}, "setting port"),
         ({"drain_s": float("inf")}, "setting drain_s"),
         ({"log_level": "loud"}, "setting log_level"),
-        ({"expert_memory": "lots"}, "setting expert_memory: 'lots' is no size in bytes"),
+        ({"memory": "lots"}, "setting memory: 'lots' is no size in bytes"),
+        ({"gpu_memory": "-1"}, "setting gpu_memory: '-1' is no size in bytes"),
         ({"nothing": 1}, "setting nothing"),
         ({"max_queue": 2, "max_choices": 3}, "max_choices 3 exceeds max_queue 2"),
     ],

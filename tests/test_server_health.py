@@ -161,6 +161,7 @@ def test_openapi_is_honest():
         "/v1/completions",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/v1/info",
         "/health",
         "/health/live",
         "/health/ready",

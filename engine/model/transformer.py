@@ -75,7 +75,7 @@ class DecoderCache:
 
     Self-attention tensors are allocated once for `capacity` positions.
 
-    lengths_B counts the positions that each row has filled; rows may differ.
+    lengths_B counts the positions that each row has filled, `longest` those of the fullest row.
     """
 
     self_keys: list[Tensor]  # per layer (B, H, capacity, K)
@@ -84,6 +84,7 @@ class DecoderCache:
     cross_values: list[Tensor]
     cross_bias: Tensor  # (B, 1, 1, S)
     lengths_B: Tensor
+    longest: int = 0
 
     @property
     def capacity(self) -> int:
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
         Raises ValueError if a row would outgrow the capacity of the cache.
         """
         num_new = tokens_BT.shape[1]
-        needed = int(cache.lengths_B.max()) + num_new
+        needed = cache.longest + num_new
         if needed > cache.capacity:
             raise ValueError(f"{needed} positions do not fit the cache of {cache.capacity}")
         new_T = torch.arange(num_new, device=tokens_BT.device)
@@ -206,6 +207,7 @@ class Transformer(nn.Module):
             )
             x_BTD = block.transform(x_BTD, self.experts)
         cache.lengths_B += num_new
+        cache.longest = needed
         return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:

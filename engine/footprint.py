@@ -1,0 +1,122 @@
+"""What a model takes in memory beside its experts, in bytes, known before anything is loaded.
+
+Shape letters: B rows, S source length, T target length, N = B * S tokens, D model width, F feed-
+forward width, H heads, K head width, I = H * K, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from engine.checkpoint_tensors import Shape
+from engine.checkpoint_writer import dense_shapes
+from engine.config import ModelConfig
+from engine.errors import ConfigError
+from engine.model.quantized import CHUNK_OUTPUTS
+from engine.prompt import LENGTH_FACTOR
+
+PREFIX_TOKENS = 2  # the start id and the sentinel that the decoder answers to
+FLOAT_BYTES = 4  # norms, scores and probabilities are computed in fp32
+INDEX_BYTES = 8
+LENGTH_BYTES = 8  # of lengths_B
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The most that is computed at once: rows, and the lengths of each."""
+
+    rows: int = 1
+    source_tokens: int
+    target_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "source_tokens", "target_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def largest_workload(config: ModelConfig, rows: int = 1) -> Workload:
+    """The longest requests that are accepted at all."""
+    limit = config.max_positions * LENGTH_FACTOR
+    return Workload(rows=rows, source_tokens=limit, target_tokens=limit + PREFIX_TOKENS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseBytes:
+    """Weights that are not experts: all, those of one decoder step, those of one encoder sweep."""
+
+    total: int
+    step: int
+    sweep: int
+
+
+@lru_cache(maxsize=16)
+def dense_bytes(config: ModelConfig, dtype: torch.dtype) -> DenseBytes:
+    """Bytes of the dense weights, exactly.
+
+    A step reads the decoder and the output layer; not what projects the encoder output, which the
+    sweep reads, once for a text. The embedding counts in neither: only a few rows of it are read.
+    """
+    shapes = dense_shapes(config)
+    projections = {name for name in shapes if "cross_attention.key_value" in name}
+    decoder = {name for name in shapes if name.startswith("decoder.")} - projections
+    head = {"embedding.weight" if config.tied_embeddings else "lm_head.weight"}
+    encoder = {name for name in shapes if name.startswith("encoder.")}
+    return DenseBytes(
+        total=_size(shapes, set(shapes), dtype),
+        step=_size(shapes, decoder | head, dtype),
+        sweep=_size(shapes, encoder | projections, dtype),
+    )
+
+
+def _size(shapes: Mapping[str, Shape], names: set[str], dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(math.prod(shapes[name]) for name in names)
+
+
+def cache_bytes(config: ModelConfig, dtype: torch.dtype, workload: Workload) -> int:
+    """Bytes of a DecoderCache, exactly: keys and values of T and of S positions, mask, lengths.
+
+    CPM-2, one row, S = T = 512, bf16: 2 * 24 * 64 * 64 * 1024 * 2 = 384 MiB, and 1,032 bytes.
+    """
+    per_position = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * dtype.itemsize
+    positions = workload.source_tokens + workload.target_tokens
+    mask = workload.source_tokens * dtype.itemsize
+    return workload.rows * (per_position * positions + mask + LENGTH_BYTES)
+
+
+def workspace_bytes(
+    config: ModelConfig, dtype: torch.dtype, workload: Workload, *, quantized_on_gpu: bool | None
+) -> int:
+    """An upper estimate of what is computed with: a sweep and a step, which may alternate.
+
+    Encoding: the attention bias, twice, and its buckets, B*H*S*S and S*S; per token two of width D
+    in fp32 and 6 D, 4 I and 3 F; the projections of the encoder output, once more before they are
+    contiguous. Decoding: per row scores of V, in the dtype and five times as wide as indices; the
+    bias over T positions. Both: what a quantised matrix is dequantised to, a chunk on the CPU, the
+    whole matrix on a GPU (`quantized_on_gpu`; None: not quantised).
+    """
+    size, rows, source = dtype.itemsize, workload.rows, workload.source_tokens
+    heads, inner = config.num_heads, config.num_heads * config.d_kv
+    bias = (rows + 1) * heads * source**2 * size + rows * source**2 * (size + 1)
+    buckets = source**2 * 4 * INDEX_BYTES
+    widths = 6 * config.d_model + 4 * inner + 3 * config.d_ff
+    tokens = rows * source * (widths * size + 2 * config.d_model * FLOAT_BYTES)
+    crossing = rows * source * 2 * inner * config.num_decoder_layers * size
+    encoding = max(bias + buckets + tokens, crossing)
+    target = workload.target_tokens * (heads * size * 2 + 4 * INDEX_BYTES)
+    decoding = rows * (config.vocab_size * (size + 5 * INDEX_BYTES) + target + widths * size)
+    return encoding + decoding + _dequantized_bytes(config, dtype, quantized_on_gpu)
+
+
+def _dequantized_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantized_on_gpu: bool | None
+) -> int:
+    """Numbers before, while and after they are scaled, in fp32 for fp16."""
+    if quantized_on_gpu is None:
+        return 0
+    narrow, wide = sorted((config.d_model, config.d_ff))
+    elements = narrow * wide if quantized_on_gpu else CHUNK_OUTPUTS * wide
+    return elements * (2 + 2 * FLOAT_BYTES + dtype.itemsize)

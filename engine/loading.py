@@ -1,0 +1,219 @@
+"""Loading a model of any kind within a budget: resident if it fits, else offloaded, or refused."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.checkpoint import open_native
+from engine.checkpoint_any import detect_kind, load_any
+from engine.checkpoint_experts import expert_layout
+from engine.checkpoint_hf import open_huggingface
+from engine.checkpoint_writer import expert_file
+from engine.config import PRESETS, ModelConfig, read_config
+from engine.errors import CheckpointError, ConfigError
+from engine.experts import OffloadedExperts, load_offloaded
+from engine.footprint import Workload, largest_workload
+from engine.memory import HostMemory, gpu_budget, gpu_memory, host_budget, host_memory
+from engine.model.dtypes import DTYPES
+from engine.model.transformer import Transformer
+from engine.planning import (
+    CUDA_HOST_BYTES,
+    GPU_CONTEXT_BYTES,
+    RUNTIME_BYTES,
+    SERVER_BYTES,
+    Budgets,
+    MemoryPlan,
+    Storage,
+    plan_memory,
+)
+from engine.quantize import check_sizes
+from offload.cuda import missing_for_cuda
+from offload.layout import QUANTIZATIONS, Quantization
+
+logger = logging.getLogger(__name__)
+
+CONVERT = "run `infmoe convert` and load the result, whose experts can be offloaded"
+CONVERT_DTYPE = "run `infmoe convert --dtype`: stored in another dtype, experts are not offloaded"
+
+
+class Loaded(NamedTuple):
+    """A model, its experts if they are offloaded, and the plan that it was loaded by."""
+
+    model: Transformer
+    experts: OffloadedExperts | None
+    plan: MemoryPlan
+
+
+def make_storage(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    only_resident: str = "",
+) -> Storage:
+    """How a model of that config lies in memory if its experts are stored so.
+
+    Raises ConfigError if they cannot be.
+    """
+    check_sizes(config, quantization)
+    slot_bytes = expert_layout(config, dtype, quantization).blob_bytes if config.num_experts else 0
+    return Storage(
+        config=config,
+        dtype=dtype,
+        slot_bytes=slot_bytes,
+        quantization=quantization,
+        only_resident=only_resident if config.num_experts else "",
+    )
+
+
+def read_storage(path: Path, dtype: torch.dtype | None = None) -> Storage:
+    """Tell how the model of a directory lies in memory; dtype None: as stored.
+
+    Only headers are read. Raises CheckpointError if it is damaged or holds pickles, ConfigError if
+    its experts are quantised and `dtype` is not the stored one.
+    """
+    kind = detect_kind(path)
+    if kind == "cpm2":
+        raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
+    if kind == "huggingface":
+        foreign = open_huggingface(path)
+        return make_storage(foreign.config, dtype or foreign.dtype, only_resident=CONVERT)
+    source = open_native(path)
+    layout, dtype = source.expert_layout(), dtype or source.dtype
+    if layout is None:
+        return make_storage(source.config, dtype)
+    if dtype != source.dtype and layout.quantization == "none":
+        return make_storage(source.config, dtype, only_resident=CONVERT_DTYPE)
+    if dtype != source.dtype:
+        raise ConfigError(
+            f"{path}: has {layout.quantization} experts beside {_short(source.dtype)}, and cannot "
+            f"be loaded as {_short(dtype)}; leave --dtype out, or convert the original with it"
+        )
+    return make_storage(source.config, dtype, layout.quantization)
+
+
+def find_storage(model: str, name: str | None) -> tuple[Storage, list[Path]]:
+    """How a model is stored, and its files that the disk can be measured with.
+
+    `model` is a directory, a config.json or a preset. A directory tells itself how it is stored;
+    else `name` does (int8, int4: of the experts, beside bf16), or it is bf16.
+    Raises ConfigError if there is no such model, or a directory is stored otherwise than `name`.
+    """
+    path = Path(model)
+    if path.is_dir():
+        storage = read_storage(path)
+        stored = _name(storage)
+        if name is not None and name != stored:
+            raise ConfigError(
+                f"{model} is stored as {stored}, and that counts; to plan for {name}, give its "
+                "config.json, or convert it"
+            )
+        files = [path / expert_file(layer) for layer in storage.config.moe_layers()]
+        return storage, [file for file in files if file.exists()]
+    if model not in PRESETS and not path.is_file():
+        raise ConfigError(
+            f"{model} is no directory, no config.json and no preset; presets: {', '.join(PRESETS)}"
+        )
+    config = PRESETS.get(model) or read_config(path)
+    dtype = torch.bfloat16 if name is None else DTYPES.get(name, torch.bfloat16)
+    quantization = next((kind for kind in QUANTIZATIONS if kind == name), QUANTIZATIONS[0])
+    return make_storage(config, dtype, quantization), []
+
+
+def _name(storage: Storage) -> str:
+    return _short(storage.dtype) if storage.quantization == "none" else storage.quantization
+
+
+def _short(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
+def plan_loading(
+    storage: Storage, memory: int | None, gpu_memory_bytes: int | None, workload: Workload
+) -> MemoryPlan:
+    """Plan for this machine and this process as they are now. Budgets in bytes.
+
+    Raises ConfigError if a budget is too small for the model or too large for the machine.
+    """
+    budget = None
+    if gpu_memory_bytes is not None:
+        if (reason := missing_for_cuda()) is not None:
+            raise ConfigError(f"a GPU budget is given, but {reason}; without one the CPU computes")
+        budget = gpu_budget(gpu_memory_bytes, gpu_memory(), GPU_CONTEXT_BYTES)
+    host = host_memory()
+    budgets = Budgets(host_bytes=host_budget(memory, host), gpu_bytes=budget)
+    if budgets.host_bytes > host.usable_bytes:
+        logger.warning(
+            "the memory budget of %d bytes is more than is free now: %d bytes",
+            budgets.host_bytes,
+            host.usable_bytes,
+        )
+    return plan_memory(storage, workload, budgets, process_bytes(host, on_gpu=budget is not None))
+
+
+def plan_elsewhere(
+    storage: Storage, memory: int | None, gpu_memory_bytes: int | None, workload: Workload
+) -> MemoryPlan:
+    """Plan for a server with budgets that this machine need not have; memory None: as it would.
+
+    Raises ConfigError if a budget is too small.
+    """
+    host = host_memory()
+    budgets = Budgets(
+        host_bytes=host_budget(None, host) if memory is None else memory,
+        gpu_bytes=gpu_memory_bytes,
+    )
+    process = process_bytes(host, on_gpu=gpu_memory_bytes is not None) + SERVER_BYTES
+    return plan_memory(storage, workload, budgets, process)
+
+
+def process_bytes(host: HostMemory, *, on_gpu: bool) -> int:
+    """What this process takes beside the model: what it has, and what its libraries will take."""
+    is_cuda_open = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
+    cuda = CUDA_HOST_BYTES if on_gpu and not is_cuda_open else 0
+    return host.own_bytes + RUNTIME_BYTES + cuda
+
+
+def load_within(
+    path: Path,
+    dtype: torch.dtype | None,
+    memory: int | None,
+    gpu_memory_bytes: int | None,
+    on_phase: Callable[[str], None] = lambda _: None,
+    on_plan: Callable[[MemoryPlan], None] = lambda _: None,
+    workload: Workload | None = None,
+) -> Loaded:
+    """Plan for budgets in bytes, tell the plan, and load the model by it.
+
+    memory None: a share of what is to be had; gpu_memory_bytes None: no GPU; workload None: the
+    longest requests that are accepted, one at a time.
+    Raises ConfigError if a budget is too small or too large, or there is no GPU; nothing has been
+    loaded then. Raises CheckpointError if the model is damaged.
+    """
+    storage = read_storage(path, dtype)
+    load = workload or largest_workload(storage.config)
+    plan = plan_loading(storage, memory, gpu_memory_bytes, load)
+    on_plan(plan)
+    on_phase("reading weights")
+    return load_planned(path, plan, on_phase)
+
+
+def load_planned(path: Path, plan: MemoryPlan, on_phase: Callable[[str], None]) -> Loaded:
+    """Load a model as a plan says."""
+
+    def report(done: int, total: int) -> None:
+        on_phase(f"reading expert {done} of {total}")
+
+    dtype, on_gpu = plan.storage.dtype, plan.budgets.gpu_bytes is not None
+    if plan.experts is None or not plan.is_offloaded:
+        model = load_any(path, dtype)
+        return Loaded(model.to("cuda") if on_gpu else model, None, plan)
+    slots = plan.experts.arena_bytes
+    if on_gpu:
+        waiting = plan.experts.host_bytes
+        loaded = load_offloaded(path, dtype, slots, report, host_bytes=waiting, device="cuda")
+    else:
+        loaded = load_offloaded(path, dtype, slots, report)
+    return Loaded(*loaded, plan)
