@@ -1,0 +1,86 @@
+"""The commands `infmoe bench-offload` and `bench-gpu`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def bench_offload(
+    model: Annotated[
+        Path | None, typer.Argument(help="Model directory; default: random weights, made once.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder on the disk to be measured, to keep what is made for next time."),
+    ] = None,
+    expert_memory: Annotated[
+        str, typer.Option(help="Budget for experts, where they are not all resident.")
+    ] = "1GiB",
+    source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 24,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out offload, resident, mmap or accelerate; may repeat."),
+    ] = None,
+) -> None:
+    """Compare offloading with mapped files and accelerate's disk, all under one memory limit."""
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    from engine.bench_offload import Settings, make_model, run_bench
+    from engine.bench_report import print_report
+    from engine.units import parse_bytes
+
+    with ExitStack() as stack:
+        if work is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="infmoe-bench-")))
+        else:
+            folder = work
+            folder.mkdir(parents=True, exist_ok=True)
+        settings = Settings(
+            model=make_model(folder) if model is None else model,
+            folder=folder,
+            expert_memory=parse_bytes(expert_memory),
+            source_tokens=source_tokens,
+            decode_tokens=decode_tokens,
+            skip=tuple(skip or ()),
+        )
+        print_report(run_bench(settings))
+
+
+def bench_gpu(
+    preset: Annotated[
+        Literal["cpm2-moe-198b", "tiny"], typer.Option(help="Sizes of the model.")
+    ] = "cpm2-moe-198b",
+    experts: Annotated[
+        Literal["bf16", "int8", "int4"], typer.Option(help="How experts are stored.")
+    ] = "int8",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="GPU memory, all told: 24GiB. Default: most of what is free.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Host memory, all told. Default: most of what is free.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode, each time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once, beside one.")] = 32,
+    source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 128,
+    device: Annotated[
+        Literal["cuda", "host"], typer.Option(help="Where slots lie and experts compute.")
+    ] = "cuda",
+) -> None:
+    """Measure decoding and encoding with random weights against link and memory bandwidth."""
+    from engine.bench_gpu import CONFIGS, Settings, plan_bench, print_report, run_bench
+    from engine.units import parse_bytes
+
+    settings = Settings(
+        config=CONFIGS[preset],
+        quantization="none" if experts == "bf16" else experts,
+        device=device,
+        tokens=tokens,
+        batch=batch,
+        source_tokens=source_tokens,
+    )
+    budgets = (None if text is None else parse_bytes(text) for text in (memory, gpu_memory))
+    plan = plan_bench(settings, *budgets)
+    print_report(run_bench(settings, plan, lambda phase: typer.echo(phase, err=True)))
