@@ -16,6 +16,7 @@ from engine.prompt import build_request
 from engine.request import Request
 from server.errors import api_error
 from server.health import require_ready
+from server.logprobs import NameToken
 from server.metrics import Meter, Metrics
 from server.models import ERRORS, require_model
 from server.protocol import Engine, EventStream
@@ -51,7 +52,8 @@ class Completions:
         )
         notes = http.scope["state"]["notes"]
         notes["completion"] = reply_id
-        reply = Reply(reply_id, self._engine.model_name, requests, body.n)
+        name_token = token_names(self._engine, as_ids=body.return_tokens_as_token_ids)
+        reply = Reply(reply_id, self._engine.model_name, requests, body.n, name_token)
         merge = Merge(await self._submit(requests))
         job = Job(reply, merge, Meter(self._metrics), notes)
         headers = ignored_header(body.ignored_fields())
@@ -132,6 +134,14 @@ class Job:
             self._meter.see(index, event)
             yield self._reply.take(index, event)
         self._notes.update(self._reply.account(), ttft_ms=self._meter.first_token_ms())
+
+
+def token_names(engine: Engine, *, as_ids: bool) -> NameToken:
+    """How to name tokens in log-probabilities: by their text, which two may share, or by id."""
+    if as_ids:
+        return lambda token_id: f"token_id:{token_id}"
+    # an end mark has no text
+    return lambda token_id: engine.tokenizer.decode([token_id]) or f"token_id:{token_id}"
 
 
 def ignored_header(names: list[str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from engine.request import Event, Failed, Finished, Piece, Request
 from server.errors import ApiError
-from server.schemas import Choice, Completion, Timings, Usage
+from server.logprobs import NameToken, join_logprobs, tell_logprobs
+from server.schemas import Choice, Completion, Logprobs, Timings, Usage
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Transcript:
     num_blanks: int
     spans: list[str] = field(default_factory=list)
     end: Finished | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    num_shown: int = 0  # characters
 
     def _reach(self, blank: int) -> str:
         missing = blank + 1 - len(self.spans)
@@ -32,6 +35,7 @@ class Transcript:
         """Take in a piece; returns what it adds to the text. Blanks come in rising order."""
         gap = self._reach(piece.blank)
         self.spans[piece.blank] += piece.text
+        self.num_shown += len(gap) + len(piece.text)
         return gap + piece.text
 
     def close(self, end: Finished) -> str:
@@ -44,12 +48,18 @@ class Reply:
     """The reply to one HTTP request: `num_samples` choices for each prompt, in this order."""
 
     def __init__(
-        self, reply_id: str, model: str, requests: Sequence[Request], num_samples: int
+        self,
+        reply_id: str,
+        model: str,
+        requests: Sequence[Request],
+        num_samples: int,
+        name_token: NameToken,
     ) -> None:
         self.id = reply_id
         self._model = model
         self._created = int(time.time())
         self._num_samples = num_samples
+        self._name_token = name_token
         self._transcripts = [Transcript(request.num_blanks) for request in requests]
 
     def take(self, index: int, event: Event) -> Completion:
@@ -59,8 +69,13 @@ class Reply:
         """
         transcript = self._transcripts[index]
         if isinstance(event, Piece):
+            offset = transcript.num_shown
             text = transcript.add(event)
-            return self._message([Choice(index=index, text=text)])
+            logprobs = None
+            if event.logprobs:
+                logprobs = tell_logprobs(event.logprobs, offset, self._name_token)
+                transcript.logprobs.append(logprobs)
+            return self._message([Choice(index=index, text=text, logprobs=logprobs)])
         if isinstance(event, Failed):
             raise ApiError(500, event.message, code="engine_failure")
         if event.reason == "cancelled":
@@ -71,7 +86,10 @@ class Reply:
     def whole(self) -> Completion:
         """The reply in one piece, when all choices have ended."""
         transcripts = enumerate(self._transcripts)
-        choices = [self._last_choice(i, "\n".join(t.spans)) for i, t in transcripts]
+        choices = [
+            self._last_choice(i, "\n".join(t.spans), join_logprobs(t.logprobs))
+            for i, t in transcripts
+        ]
         return self._message(choices, self.usage(), self.timings())
 
     def usage_chunk(self) -> Completion:
@@ -122,7 +140,7 @@ class Reply:
             **moved,
         }
 
-    def _last_choice(self, index: int, text: str) -> Choice:
+    def _last_choice(self, index: int, text: str, logprobs: Logprobs | None = None) -> Choice:
         transcript = self._transcripts[index]
         end = transcript.end
         assert end is not None
@@ -130,6 +148,7 @@ class Reply:
         return Choice(
             index=index,
             text=text,
+            logprobs=logprobs,
             finish_reason=end.reason,
             stop_reason=end.stop_reason,
             seed=end.seed,

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.request import MAX_STOP_STRINGS, SamplingParams
+from engine.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from server.errors import ApiError
 
 MAX_INT32 = 2**31 - 1
@@ -24,18 +24,13 @@ MAX_BIASES = 300
 
 # Known fields that do not work yet, each with the values that ask for nothing. Null is always one.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (),
     "bad_words": ([],),
     "best_of": (1,),
     "echo": (False,),
-    "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
-    "logprobs": (),
-    "min_tokens": (0,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "stop_token_ids": ([],),
     "structured_outputs": (),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
@@ -66,6 +61,7 @@ Texts = Annotated[list[Text], Field(fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
+NamedIds = Annotated[TokenIds, one_finding("takes a list of token ids")]
 Prompt = Annotated[
     Text | Texts | TokenIds | ManyTokenIds,
     one_finding("takes a string, a list of strings, a list of token ids or a list of such lists"),
@@ -145,6 +141,19 @@ class CompletionRequest(Body):
     logit_bias: LogitBias = Field(
         default={}, description="Added to scores, by token id; -100 to 100, up to 300 ids."
     )
+    allowed_token_ids: NamedIds = Field(default=[], description="The only tokens that may come.")
+    stop_token_ids: NamedIds = Field(default=[], description="Tokens that end the answer.")
+    min_tokens: int = Field(default=0, ge=0, le=MAX_INT32, description="Before it, no end mark.")
+    ignore_eos: bool = Field(default=False, description="Go on to max_tokens, past end marks.")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Tell the log-probability of each token, and of so many of the likeliest.",
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="Name tokens 'token_id:7' in log-probabilities (extension)."
+    )
     n: int = Field(default=1, ge=1, le=MAX_INT32, description="Choices for each prompt.")
     seed: int | None = Field(
         default=None,
@@ -182,6 +191,11 @@ class CompletionRequest(Body):
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             seed=None if self.seed is None else self.seed + sample,
+            allowed_token_ids=tuple(self.allowed_token_ids),
+            stop_token_ids=tuple(self.stop_token_ids),
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
         )
 
@@ -213,12 +227,24 @@ class CompletionRequest(Body):
         return names[:MAX_NAMED_FIELDS]
 
 
+class Logprobs(BaseModel):
+    """Log-probabilities of a text, by token; the map holds the likeliest and the chosen one.
+
+    `text_offset` is the character of the answer from which on the text of a token is found.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class Choice(BaseModel):
     """One answer, or a piece of one; `spans`, `stop_reason` and `seed` are extensions."""
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
     seed: int | None = None

@@ -1,6 +1,7 @@
 """POST /v1/completions: fields, choices, streams, failures, clients that leave."""
 
 import json
+import math
 import socket
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from engine.errors import EngineStopped
-from engine.request import Failed, Piece, Request
+from engine.request import Failed, Piece, Request, TokenLogprob
+from engine.tokenizer import ByteTokenizer
 from offload.pipeline import PipelineStats
 from server.app import create_app
+from server.logprobs import tell_logprobs
 from server.replies import Transcript
 from server.schemas import OPENAI_MAX_TOKENS, UNSUPPORTED, CompletionRequest
 from server.settings import Settings
@@ -83,6 +86,7 @@ def test_defaults_are_those_of_openai():
 def test_parameters_reach_the_engine():
     engine = FakeEngine()
     given = {"max_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": -4}
+    given |= {"min_tokens": 2, "ignore_eos": True, "logprobs": 3}
     given |= {"min_p": 0.25, "typical_p": 0.5, "repetition_penalty": 1.5}
     given |= {"presence_penalty": -1, "frequency_penalty": 2}
     biases = {"7": -100, "19": 2.5}
@@ -147,6 +151,11 @@ def test_null_means_absent(name):
         *(("temperature", value) for value in (-0.1, 2.1, "1", True)),
         *(("top_p", value) for value in (0, 1.1, "1")),
         *(("top_k", value) for value in (-2, 2**31, 1.0)),
+        *(("logprobs", value) for value in (-1, 21, True, "1")),
+        *(("min_tokens", value) for value in (-1, 17)),
+        *(("stop_token_ids", value) for value in ([384], [-1], 5)),
+        ("allowed_token_ids", ["a"]),
+        ("ignore_eos", 1),
         *(("min_p", value) for value in (-0.1, 1.1, "0")),
         *(("typical_p", value) for value in (0, 1.1)),
         *(("repetition_penalty", value) for value in (0, -1, 11)),
@@ -271,6 +280,53 @@ def test_stream():
     assert ends == ["stop", "stop"]
     assert last["choices"] == []
     assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+
+
+def with_logprobs(request):
+    asked = request.params.logprobs
+    first = TokenLogprob(6 + 72, -0.5, ((6 + 72, -0.5), (6 + 73, -1.0))[:asked])
+    second = TokenLogprob(6 + 101, -math.inf, ((6 + 72, -0.25),)[:asked])
+    last = TokenLogprob(1, -3.0, ())
+    return [
+        Piece("H", (6 + 72,), logprobs=(first,)),
+        Piece("e", (6 + 101,), logprobs=(second,)),
+        Piece("", (), logprobs=(last,)),
+        finished(request),
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs(stream):
+    name = ByteTokenizer().decode
+    body = {"prompt": "ab", "logprobs": 2, "stream": stream}
+    response = post(FakeEngine(with_logprobs), body)
+    if stream:
+        told = [event["choices"][0]["logprobs"] for event in events_of(response.text)]
+        assert told.pop() is None
+        joined = {key: [item for part in told for item in part[key]] for key in told[0]}
+    else:
+        joined = response.json()["choices"][0]["logprobs"]
+    h, i, e = name([78]), name([79]), name([107])
+    assert joined == {
+        "tokens": [h, e, "token_id:1"],
+        "token_logprobs": [-0.5, -9999.0, -3.0],
+        "top_logprobs": [{h: -0.5, i: -1.0}, {h: -0.25, e: -9999.0}, {"token_id:1": -3.0}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_logprobs_by_token_id_and_of_the_chosen_alone():
+    body = {"prompt": "ab", "logprobs": 0, "return_tokens_as_token_ids": True}
+    told = post(FakeEngine(with_logprobs), body).json()["choices"][0]["logprobs"]
+    assert told["tokens"] == ["token_id:78", "token_id:107", "token_id:1"]
+    assert told["top_logprobs"][0] == {"token_id:78": -0.5}
+
+
+def test_the_likelier_of_two_tokens_of_one_name_is_told():
+    entry = TokenLogprob(1, -2.0, ((2, -0.5), (3, -1.0)))
+    told = tell_logprobs([entry], 0, lambda token_id: "same")
+    assert told.top_logprobs == [{"same": -0.5}]
+    assert told.token_logprobs == [-2.0]
 
 
 def test_timings_tell_what_offloading_cost_over_all_choices(caplog):
