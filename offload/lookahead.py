@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-TRUST = 0.6  # share of right guesses from which fetching ahead pays
 MIN_GUESSES = 8  # judged before the first is believed
 RATE = 1 / 16  # weight of the newest judgement in the running mean
 SAMPLE_EVERY = 16  # a layer that is not trusted is still asked this often, in case it has changed
@@ -22,10 +21,12 @@ class Lookahead:
 
     The guess is made by running the layer's own router on the hidden state one layer early. Guessed
     experts are never computed in place of routed ones: a wrong guess costs reading, not truth.
+    `trust` is the share of right guesses from which fetching ahead pays.
     Source: Eliseev and Mazur (arXiv:2312.17238) s3.2; the switch is our own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trust: float) -> None:
+        self._trust = trust
         self._records: dict[str, _Record] = {}
 
     def is_asked(self, layer: str) -> bool:
@@ -53,7 +54,9 @@ class Lookahead:
     def is_trusted(self, layer: str) -> bool:
         """Whether guesses for the layer may cause reads."""
         record = self._records.get(layer)
-        return record is not None and record.judged >= MIN_GUESSES and record.precision >= TRUST
+        return (
+            record is not None and record.judged >= MIN_GUESSES and record.precision >= self._trust
+        )
 
     def precisions(self) -> dict[str, float]:
         """The running share of right guesses, of the layers that have been judged."""

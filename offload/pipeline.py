@@ -80,12 +80,13 @@ class ExpertPipeline:
         self._clock = clock
         self._table = SlotTable(plan.zones)
         self._coming: dict[Key, Arrival] = {}  # fetched on a guess and on their way
+        self._landed: dict[Key, Arrival] = {}  # fetched on a guess, there, and not yet waited for
         self._unproven: set[Key] = set()  # fetched on a guess and not wanted yet
         self._ending: deque[tuple[int, Zone, Arrival]] = deque()  # given up, maybe still written
         self._stats = PipelineStats()
         pinned = Counter(key.layer for key in plan.pinned)
         self._moving = {layer for layer in plan.layers if pinned[layer] < plan.experts_per_layer}
-        self.lookahead = Lookahead()
+        self.lookahead = Lookahead(device.trust)
 
     def preload(self, on_each: Callable[[int], None] | None = None) -> None:
         """Read the experts that the plan pins. `on_each` is given the number done.
@@ -119,12 +120,12 @@ class ExpertPipeline:
         keys = [Key(layer, expert) for expert in wanted]
         arriving, hits, misses = self._classify(layer, keys)
         if guess is not None:
-            self.lookahead.note(guess.layer, guess.experts)
+            self.lookahead.note(guess.layer, self._absent(guess))
         lent: Key | None = None
         try:
             while hits or arriving or misses:
                 self._begin(misses, arriving, must=not hits)
-                key = hits.popleft() if hits else self._land_next(arriving)
+                key = self._lend(hits.popleft()) if hits else self._land_next(arriving)
                 lent = key
                 if guess is not None and not misses and not arriving:
                     self._fetch_ahead(guess)
@@ -147,7 +148,8 @@ class ExpertPipeline:
         self.lookahead.judge(layer, [key.expert for key in keys])
         self._land_fetched()
         arriving = {key: self._coming.pop(key) for key in keys if key in self._coming}
-        hits = deque(key for key in keys if key not in arriving and self._table.hold(key))
+        held = [key for key in keys if key not in arriving and self._table.hold(key)]
+        hits = deque(sorted(held, key=self._landed.__contains__))  # what may still be copied last
         there = {*arriving, *hits}
         misses = deque(key for key in keys if key not in there)
         used = there & self._unproven
@@ -158,15 +160,25 @@ class ExpertPipeline:
         return arriving, hits, misses
 
     def _land_fetched(self) -> None:
-        """Make residents of what came on a guess; what failed will fail again when it is wanted."""
+        """Make residents of what came on a guess; what failed will fail again when it is wanted.
+
+        Nobody waits for it before it is lent: on a GPU a copy that was issued counts as there.
+        """
         for key in [key for key, arrival in self._coming.items() if arrival.is_ready()]:
             arrival = self._coming.pop(key)
             if arrival.has_failed():
                 self._give_up({key: arrival})
             else:
-                arrival.wait()
+                self._landed[key] = arrival
                 self._table.release(key)
                 self._count_load(key)
+
+    def _lend(self, key: Key) -> Key:
+        """Make sure that a resident which came on a guess can be computed with."""
+        arrival = self._landed.pop(key, None)
+        if arrival is not None:
+            arrival.wait()
+        return key
 
     def _begin(self, misses: deque[Key], arriving: dict[Key, Arrival], *, must: bool) -> None:
         """Start to fetch misses while there are slots; at least one if nothing else can go on."""
@@ -184,16 +196,23 @@ class ExpertPipeline:
         """Fetch what a trusted guess names and is not there, as far as idle slots reach."""
         if not self.lookahead.is_trusted(guess.layer):
             return
-        for expert in guess.experts:
-            key = Key(guess.layer, expert)
+        keys = [Key(guess.layer, expert) for expert in guess.experts]
+        there = [key for key in keys if self._table.hold(key)]  # they must not make room
+        for key in keys:
             if key in self._table:
                 continue
             slot = self._take(key)
             if slot is None:
-                return
+                break
             self._coming[key] = self._fill(key, slot)
             self._unproven.add(key)
             self._count(prefetched=1)
+        for key in there:
+            self._table.release(key)
+
+    def _absent(self, guess: Guess) -> list[int]:
+        """What would have to be fetched for a guess: only that can be worth it or not."""
+        return [e for e in guess.experts if Key(guess.layer, e) not in self._table]
 
     def _take(self, key: Key) -> int | None:
         """A slot for an expert that is not there, held; None if all of its zone are in use."""
@@ -203,6 +222,7 @@ class ExpertPipeline:
                 self._table.give_back(slot, zone)
             else:
                 self._ending.append((slot, zone, arrival))
+        self._landed.pop(key, None)  # of an earlier stay
         return self._table.take(key, self._plan.zone(key.layer))
 
     def _fill(self, key: Key, slot: int) -> Arrival:

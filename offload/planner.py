@@ -1,13 +1,14 @@
 """How budgets in bytes are shared out between experts, before any of them is read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.slots import Key, Zone
 
 MIN_STREAMING = 2  # one expert computes while the next arrives
-DECODE_SHARE = 1 / 8  # of the slots, for decoder experts that come and go; most are pinned
-SWEEP_SHARE = 1 / 16  # of the slots, at most two layers of experts: the encoder passes through
+MOST_DECODE = 1 / 4  # of the slots at most come and go while decoding; the others are pinned
+MOST_SWEEP = 8  # slots through which the encoder passes: more hide no more (simulated)
 
 
 class BudgetTooSmall(ValueError):
@@ -77,14 +78,15 @@ def plan_experts(
     experts_per_layer: int,
     budget_bytes: int,
     host_bytes: int = 0,
+    rows: int = 1,
 ) -> ExpertPlan:
     """Share a budget out: all experts if they fit, else a pinned part and a few streaming slots.
 
     Decoder layers are pinned first, because each token needs them and the encoder runs once; within
     a stack the pins are spread evenly over the layers. What is not pinned waits in host memory in
-    the same order, as far as `host_bytes` reach. With 2 + 2 layers of 4 experts and 10 slots, 2 are
-    for the sweep of the encoder, 2 for decoding, and 6 are pinned: experts 0 of both decoder
-    layers, then experts 1, then experts 2.
+    the same order, as far as `host_bytes` reach. `rows` decode together as a rule. With 2 + 2
+    layers of 4 experts and 9 slots, 2 are for the sweep of the encoder, 2 for decoding, and 5 are
+    pinned: experts 0 of both decoder layers, then experts 1, then one expert 2.
 
     Raises BudgetTooSmall if not even MIN_STREAMING slots fit.
     """
@@ -97,8 +99,7 @@ def plan_experts(
             f"bytes; at least {least} are needed: give {least * slot_bytes:,} bytes or more"
         )
     order = by_need(layers, experts_per_layer)
-    num_decoder = sum(key.layer.startswith("decoder") for key in order)
-    decode, sweep = _streaming(num_slots, num_experts, num_decoder, experts_per_layer)
+    decode, sweep = _streaming(num_slots, layers, experts_per_layer, rows)
     num_pinned = num_slots - decode - sweep
     num_host = min(host_bytes // slot_bytes, num_experts - num_pinned)
     return ExpertPlan(
@@ -126,17 +127,32 @@ def by_need(layers: Sequence[str], experts_per_layer: int) -> list[Key]:
     ]
 
 
-def _streaming(
-    num_slots: int, num_experts: int, num_decoder: int, per_layer: int
-) -> tuple[int, int]:
+def _streaming(num_slots: int, layers: Sequence[str], per_layer: int, rows: int) -> tuple[int, int]:
     """Slots for decoding and for the encoder's sweep; a stack that is pinned whole needs none."""
-    if num_slots == num_experts:
+    num_layers = sum(layer.startswith("decoder") for layer in layers)
+    num_decoder = num_layers * per_layer
+    if num_slots == len(layers) * per_layer:
         return 0, 0
     if num_slots < 2 * MIN_STREAMING:
         return num_slots, 0
-    sweep = min(2 * per_layer, max(MIN_STREAMING, round(num_slots * SWEEP_SHARE)))
-    if num_decoder == num_experts:
-        sweep = 0
-    if num_slots - sweep >= num_decoder:
+    sweep = 0
+    if num_decoder < len(layers) * per_layer:
+        sweep = min(MOST_SWEEP, max(MIN_STREAMING, num_slots // 8))
+    left = num_slots - sweep
+    if left >= num_decoder:
         return 0, sweep
-    return max(MIN_STREAMING, round(num_slots * DECODE_SHARE)), sweep
+    for wanted_rows in (rows, 1):
+        decode = math.ceil(_moving(left, num_layers, per_layer, wanted_rows))
+        if decode <= left * MOST_DECODE:
+            return max(MIN_STREAMING, decode), sweep
+    return MIN_STREAMING, sweep
+
+
+def _moving(num_slots: int, num_layers: int, per_layer: int, rows: int) -> float:
+    """Experts that one decoding step wants and that are not pinned, if all are alike; and a fifth.
+
+    Fewer slots than that keep nothing from one step to the next, and more keep little more: it is
+    the pinned share then that counts. With 24 layers of 32 experts, 198 slots and one row: 22.
+    """
+    wanted = num_layers * per_layer * (1 - (1 - 1 / per_layer) ** rows)
+    return 1.2 * wanted * (1 - num_slots / (num_layers * per_layer))

@@ -68,6 +68,8 @@ class FakeDevice:
     The bytes come when they are waited for, or before, at the whim of the delays.
     """
 
+    trust = 0.6
+
     def __init__(self, num_slots, delays=()):
         self.slots = np.full((num_slots, SLOT_BYTES), POISON, np.uint8)
         self.writing: set[int] = set()
@@ -183,7 +185,7 @@ def test_every_wanted_expert_is_lent_once_and_never_overwritten(steps, budget, n
     bank_device = FakeDevice(1)
     bank = fill_bank(plan.host, SLOT_BYTES, fake_read, bank_device) if plan.host else None
     device, pipeline = make_pipeline(plan, delays, bank=bank)
-    pipeline.lookahead = Trusting()
+    pipeline.lookahead = Trusting(0.6)
     wanted_in_all = 0
     for layer, wanted, guess in steps:
         order = borrow(device, pipeline, layer, wanted, guess and Guess(*guess))
@@ -312,7 +314,7 @@ def test_slots_need_a_number():
 
 def trusting(plan, delays=(), read=fake_read):
     device, pipeline = make_pipeline(plan, delays, read)
-    pipeline.lookahead = Trusting()
+    pipeline.lookahead = Trusting(0.6)
     return device, pipeline
 
 
@@ -392,7 +394,7 @@ def judged(lookahead, layer, guesses, wanted):
 
 
 def test_guesses_are_believed_once_they_have_been_right_and_no_longer_when_they_fail():
-    lookahead = Lookahead()
+    lookahead = Lookahead(0.6)
     judged(lookahead, "a", [[1, 2]] * (MIN_GUESSES - 1), [1, 2, 3])
     assert not lookahead.is_trusted("a")
     judged(lookahead, "a", [[1, 2]], [1, 2, 3])
@@ -404,14 +406,14 @@ def test_guesses_are_believed_once_they_have_been_right_and_no_longer_when_they_
 
 
 def test_a_layer_that_is_not_trusted_is_asked_now_and_then():
-    lookahead = Lookahead()
+    lookahead = Lookahead(0.6)
     assert all(lookahead.is_asked("a") for _ in range(5))  # new: every time
     judged(lookahead, "a", [[7]] * MIN_GUESSES, [1])
     assert sum(lookahead.is_asked("a") for _ in range(64)) == 4
 
 
 def test_a_layer_without_a_guess_is_not_judged():
-    lookahead = Lookahead()
+    lookahead = Lookahead(0.6)
     lookahead.judge("a", [1])
     lookahead.note("a", [])
     lookahead.judge("a", [1])
