@@ -1,9 +1,9 @@
 """The contenders of `infmoe bench-offload`: each is loaded and timed in a process of its own.
 
 A text is a row of seeded random ids for the encoder and another one that the decoder is fed, one id
-a step, with its cache of keys and values. The decoder is not fed what it made itself: a model of
-random weights soon goes round in circles, and then it asks for the same few experts again and
-again, another few in every contender.
+a step, with its cache of keys and values; several rows may go together. The decoder is not fed what
+it made itself: a model of random weights soon goes round in circles, and then it asks for the same
+few experts again and again, another few in every contender.
 """
 
 import re
@@ -39,10 +39,11 @@ class Job:
     expert_memory: int
     source_tokens: int
     decode_tokens: int
+    rows: int
 
 
 class Text(NamedTuple):
-    """Ids for the encoder (1, S) and for the steps of the decoder (1, T)."""
+    """Ids for the encoder (B, S) and for the steps of the decoder (B, T)."""
 
     seed: int
     source: Tensor
@@ -50,7 +51,7 @@ class Text(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One text: seconds, bytes read from the disk, and the likeliest id after each step."""
+    """One text: seconds, bytes read from the disk, the likeliest id of each row after each step."""
 
     seed: int
     encode_s: float
@@ -78,11 +79,11 @@ class Runner(Protocol):
     """A loaded model."""
 
     def encode(self, source: Tensor) -> Tensor:
-        """Map ids (1, S) to encoder states (1, S, D)."""
+        """Map ids (B, S) to encoder states (B, S, D)."""
         ...
 
     def decode(self, hidden: Tensor, fed: Tensor) -> list[int]:
-        """Feed ids (1, T) one at a time. Returns the likeliest id after each."""
+        """Feed ids (B, T) one step at a time. Returns the likeliest ids after each."""
         ...
 
 
@@ -100,10 +101,10 @@ class OurRunner:
         """Decode with the cache."""
         ones = torch.ones(hidden.shape[:2], dtype=torch.int64)
         cache = self._model.start_cache(hidden, ones, fed.shape[1])
-        made = []
+        made: list[int] = []
         for step in range(fed.shape[1]):
             states = self._model.step(fed[:, step : step + 1], cache)
-            made.append(int(self._model.logits(states).argmax()))
+            made += self._model.logits(states).argmax(-1).flatten().tolist()
         return made
 
 
@@ -199,7 +200,7 @@ def make_text(job: Job, seed: int) -> Text:
     generator = torch.Generator().manual_seed(seed)
     high = open_native(job.model).config.vocab_size
     source, fed = (
-        torch.randint(0, high, (1, length), generator=generator)
+        torch.randint(0, high, (job.rows, length), generator=generator)
         for length in (job.source_tokens, job.decode_tokens)
     )
     return Text(seed, source, fed)

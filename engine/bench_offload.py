@@ -81,6 +81,7 @@ class Settings:
     expert_memory: int
     source_tokens: int
     decode_tokens: int
+    rows: int = 1
     skip: tuple[str, ...] = ()
     probe_s: float = PROBE_S
 
@@ -97,6 +98,7 @@ class Settings:
             expert_memory=self.expert_memory,
             source_tokens=self.source_tokens,
             decode_tokens=self.decode_tokens,
+            rows=self.rows,
         )
 
 
@@ -261,6 +263,7 @@ def facts(settings: Settings, source: NativeSource) -> dict[str, object]:
         "read_ahead_kb": read_ahead_kb(settings.model),
         "source_tokens": settings.source_tokens,
         "decode_tokens": settings.decode_tokens,
+        "rows": settings.rows,
         "texts": NUM_TEXTS,
         "experts": config.num_experts * len(config.moe_layers()),
         "expert_bytes": one,

@@ -163,7 +163,7 @@ class SwitchRunner:
         from transformers.modeling_outputs import MoEModelOutput
 
         ones = torch.ones(hidden.shape[:2], dtype=torch.int64)
-        cache, made = None, []
+        cache, made = None, list[int]()
         for step in range(fed.shape[1]):
             result = self.model(
                 encoder_outputs=MoEModelOutput(last_hidden_state=hidden),
@@ -173,7 +173,7 @@ class SwitchRunner:
                 use_cache=True,
             )
             cache = result.past_key_values
-            made.append(int(result.logits[:, -1].argmax()))
+            made += result.logits[:, -1].argmax(-1).tolist()
         return made
 
 

@@ -31,6 +31,9 @@ def generate(  # noqa: PLR0913  the options are the interface
     gpu_memory: Annotated[
         str | None, typer.Option(help="Compute on the GPU, within this much of its memory.")
     ] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(help="Write which experts were wanted, for infmoe simulate.")
+    ] = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
     from engine.footprint import PREFIX_TOKENS, Workload
@@ -39,6 +42,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request, check_tokenizer
     from engine.request import Piece, SamplingParams
+    from engine.routing import record_routing as record
     from engine.tokenizer import open_tokenizer
     from engine.units import parse_bytes
 
@@ -65,6 +69,7 @@ def generate(  # noqa: PLR0913  the options are the interface
             source_tokens=len(request.encoder_ids), target_tokens=max_tokens + PREFIX_TOKENS
         ),
     )
+    recorder = record(loaded.model) if record_routing else None
     blank = 0
     for event in run(loaded.model, tokenizer, request):
         if isinstance(event, Piece):
@@ -74,7 +79,9 @@ def generate(  # noqa: PLR0913  the options are the interface
     typer.echo()
     if loaded.experts is not None:
         typer.echo(loaded.experts.summary(), err=True)
-        loaded.experts.close()
+    loaded.close()
+    if recorder and record_routing:
+        recorder.save(record_routing)
 
 
 def tokenize(

@@ -19,6 +19,7 @@ def bench_offload(
     ] = "1GiB",
     source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 64,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 24,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that are decoded together.")] = 1,
     skip: Annotated[
         list[str] | None,
         typer.Option(help="Leave out offload, resident, mmap or accelerate; may repeat."),
@@ -44,6 +45,7 @@ def bench_offload(
             expert_memory=parse_bytes(expert_memory),
             source_tokens=source_tokens,
             decode_tokens=decode_tokens,
+            rows=rows,
             skip=tuple(skip or ()),
         )
         print_report(run_bench(settings))

@@ -46,6 +46,11 @@ class Loaded(NamedTuple):
     experts: OffloadedExperts | None
     plan: MemoryPlan
 
+    def close(self) -> None:
+        """Close the files of offloaded experts, and end their readers."""
+        if self.experts is not None:
+            self.experts.close()
+
 
 def make_storage(
     config: ModelConfig,

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
@@ -36,6 +37,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     experts: OffloadedExperts | None = None  # None: all are resident
     plan: MemoryPlan | None = None
+    close: Callable[[], None] = lambda: None  # called in the engine thread, when it ends
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, self.model.config)
@@ -223,7 +225,9 @@ class Worker:
         """The engine thread. Whatever ends it, no request is left without an end."""
         try:
             if self._start_model():
-                self._serve()
+                assert self._loaded is not None
+                with closing(self._loaded):
+                    self._serve()
         except Exception:  # our own mistake; the thread's last chance to say so
             logger.exception("the engine thread broke")
             with self._changed:

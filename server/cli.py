@@ -23,6 +23,8 @@ def open_engine(model: Path, settings: Settings) -> Engine:
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.planning import MemoryPlan
+    from engine.routing import record_routing
+    from engine.scheduler import Limits
     from engine.tokenizer import open_tokenizer
     from engine.worker import LoadedModel, Worker
 
@@ -42,9 +44,23 @@ def open_engine(model: Path, settings: Settings) -> Engine:
             report_phase,
             log_plan,
         )
-        return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan)
+        close = loaded.close
+        if settings.record_routing is not None:
+            recorder, path = record_routing(loaded.model), settings.record_routing
 
-    worker = Worker(model.resolve().name, load, max_queue=settings.max_queue)
+            def close() -> None:
+                loaded.close()
+                recorder.save(path)
+                logger.info("the routing is in %s", path)
+
+        return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan, close)
+
+    worker = Worker(
+        model.resolve().name,
+        load,
+        max_queue=settings.max_queue,
+        limits=Limits(max_rows=settings.max_rows),
+    )
     worker.start()
     return worker
 
@@ -65,7 +81,7 @@ def greeting(listener: socket.socket) -> str:
     return f"infmoe: listening on {address}; when it is ready, try: {curl}"
 
 
-def serve(
+def serve(  # noqa: PLR0913  the options are the interface
     model: Annotated[
         Path | None, typer.Argument(help="Model directory; INFMOE_MODEL if left out.")
     ] = None,
@@ -80,8 +96,14 @@ def serve(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Compute on the GPU, within this much of its memory.")
     ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Requests that decode together.", min=1, max=4096)
+    ] = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)
+    ] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(help="Write which experts were wanted, for infmoe simulate.")
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="Least level to log.")] = None,
 ) -> None:
@@ -96,7 +118,9 @@ def serve(
         dtype=dtype,
         memory=memory,
         gpu_memory=gpu_memory,
+        max_rows=max_rows,
         max_queue=max_queue,
+        record_routing=record_routing,
         log_level=log_level,
     )
     if settings.model is None:

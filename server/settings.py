@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     gpu_memory: ByteSize | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
+    record_routing: Path | None = None
+    max_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     max_queue: Count = 256
     max_choices: Count = 64
     max_body_bytes: Count = 4 * 2**20

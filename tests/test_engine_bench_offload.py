@@ -68,15 +68,16 @@ def settings(folder, **changes) -> Settings:
 
 
 @torch.inference_mode()
-def test_offloaded_mapped_and_resident_make_the_same_tokens(folder):
-    job = settings(folder).job("offload")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_offloaded_mapped_and_resident_make_the_same_tokens(folder, rows):
+    job = settings(folder, rows=rows).job("offload")
     resident = OurRunner(load_model(job.model))
     with open_ours(job.model, job.expert_memory) as offloaded, open_mapped(job.model) as mapped:
         for seed in range(4):
             text = make_text(job, seed)
             samples = [time_text(runner, text) for runner in (resident, offloaded, mapped)]
             assert samples[0].tokens == samples[1].tokens == samples[2].tokens
-            assert len(samples[0].tokens) == 5
+            assert len(samples[0].tokens) == 5 * rows
             assert min(min(s.encode_s, s.decode_s) for s in samples) > 0
 
 

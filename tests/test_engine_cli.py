@@ -9,6 +9,7 @@ import torch
 
 from engine.checkpoint import save_model
 from engine.random_model import write_random_model
+from offload.trace import load_trace
 from server.__main__ import main
 from tests.cpm2_files import write_rank_files
 from tests.tiny import DENSE, MOE, tiny_model
@@ -78,6 +79,17 @@ def test_bad_options_give_one_line_and_exit_1(capsys, model_dir, arguments, mess
 
 def test_a_wrong_dtype_is_wrong_usage(capsys, model_dir):
     assert run(capsys, "generate", model_dir, "hello", "--dtype", "int3")[0] == 2
+
+
+def test_the_routing_of_a_text_is_recorded(capsys, model_dir, tmp_path):
+    trace = tmp_path / "trace.npz"
+    options = ["--max-tokens", 5, "--temperature", 1.5, "--seed", 3]
+    plain = run(capsys, "generate", model_dir, "hello", *options)
+    options += ["--record-routing", trace]
+    assert run(capsys, "generate", model_dir, "hello", *options)[:2] == plain[:2]
+    recorded = load_trace(trace)
+    assert recorded.layers == tuple(MOE.moe_layers())
+    assert len(recorded.steps) >= 4  # the sweep, and a step or more
 
 
 def test_offloading_gives_the_same_text_and_tells_what_it_cost(capsys, tmp_path):

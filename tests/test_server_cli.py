@@ -1,5 +1,6 @@
 """The `infmoe` command, settings, and the life of a server process."""
 
+import asyncio
 import contextlib
 import resource
 import signal
@@ -7,17 +8,23 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import httpx2
 import pytest
 from typer.testing import CliRunner
 
+from engine.checkpoint import save_model
 from engine.errors import ConfigError
+from engine.prompt import build_request
+from engine.request import Finished, SamplingParams
+from offload.trace import load_trace
 from server.__main__ import COMMANDS, build_app, load, main, not_chosen
-from server.cli import greeting
+from server.cli import greeting, open_engine
 from server.lifecycle import is_loopback, open_socket
 from server.settings import Settings, read_settings
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -338,3 +345,26 @@ def test_failed_engine_ends_the_process():
 
 def test_default_settings_listen_on_this_machine_only():
     assert is_loopback(Settings().host)
+
+
+def test_the_routing_of_a_server_is_written_when_it_ends(tmp_path):
+    save_model(tiny_model(), tmp_path / "model")
+    trace = tmp_path / "trace.npz"
+    settings = read_settings(model=tmp_path / "model", record_routing=trace, max_rows=2)
+    engine = open_engine(tmp_path / "model", settings)
+    while engine.state != "ready":
+        threading.Event().wait(0.01)
+
+    async def scenario():
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        requests = [
+            build_request(text, engine.tokenizer, engine.config, params, text) for text in "abcd"
+        ]
+        streams = [engine.submit(request) for request in requests]
+        return [[event async for event in stream][-1] for stream in streams]
+
+    ends = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert all(isinstance(end, Finished) for end in ends)
+    assert not trace.exists()
+    assert engine.drain(20)
+    assert len(load_trace(trace).steps) > 0
