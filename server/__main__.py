@@ -21,6 +21,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("server.cli", "serve", "Serve a model over HTTP."),
     "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
+    "score": Command("engine.cli_score", "score", "Choose the likeliest of several answers."),
     "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
     "convert": Command("engine.cli", "convert", "Write a checkpoint as a native model directory."),
     "plan": Command("engine.cli_memory", "plan", "Tell what lives where, before loading."),

@@ -277,3 +277,60 @@ def test_converting_with_a_vocabulary_of_the_wrong_size_names_both_sizes(capsys,
     assert "29" in err
     assert "128" in err
     assert err.count("\n") == 1
+
+
+def scored(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_score_tells_how_likely_each_choice_is(capsys, model_dir):
+    options = ["--choice", "x", "--choice", "yes"]
+    code, out, err = run(capsys, "score", model_dir, "hello", *options)
+    assert (code, err) == (0, "")
+    (report,) = scored(out)
+    means = [entry["mean"] for entry in report["scores"]]
+    assert [entry["choice"] for entry in report["scores"]] == ["x", "yes"]
+    assert report["best"] == means.index(max(means))
+    assert report["scores"][1]["total"] == pytest.approx(3 * means[1], abs=1e-3)
+    _, by_sum, _ = run(capsys, "score", model_dir, "hello", *options, "--by", "total")
+    totals = [entry["total"] for entry in scored(by_sum)[0]["scores"]]
+    assert scored(by_sum)[0]["best"] == totals.index(max(totals))
+
+
+def test_score_counts_right_answers_of_a_file(capsys, model_dir, tmp_path):
+    lines = [
+        {"text": "a <span> b", "choices": ["x", "yy", "zzz"], "answer": 1},
+        {"text": "hello", "choices": ["x", "\u4f60"]},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    code, out, err = run(capsys, "score", model_dir, "--data", file)
+    assert code == 0
+    first, second = scored(out)
+    assert first["right"] == (first["best"] == 1)
+    assert "right" not in second
+    assert err == f"right: {int(first['right'])} of 1 ({float(first['right']):.1%})\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "holds no line"),
+        ("[]", 'line 1: expected {"text"'),
+        ('{"text": "a", "choices": ["b"], "label": 1}', "line 1: unknown field 'label'"),
+        ('{"text": "a", "choices": "b"}', "line 1: choices is no list of texts"),
+        ('{"text": "a", "choices": ["b"], "answer": 1}', "line 1: answer is 1"),
+        ('{"text": "a", "choices": []}', "give at least one choice"),
+        ("{", "line 1: "),
+    ],
+)
+def test_bad_data_to_score_is_told(capsys, model_dir, tmp_path, line, reason):
+    file = tmp_path / "data.jsonl"
+    file.write_text(line)
+    code, out, err = run(capsys, "score", model_dir, "--data", file)
+    assert (code, out) == (1, "")
+    assert reason in err
+
+
+def test_score_needs_a_text_or_a_file(capsys, model_dir):
+    assert run(capsys, "score", model_dir)[0] == 2
