@@ -2,10 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from engine.request import Event
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model directory.")]
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -24,6 +28,12 @@ def generate(  # noqa: PLR0913  the options are the interface
     top_p: Annotated[float, typer.Option(help="Keep this share of the probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes a sampled text repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may repeat.")] = None,
+    beams: Annotated[
+        int, typer.Option(help="Beams of a beam search; 1 searches none.", min=1, max=32)
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="With beams: above 0 favours long answers.")
+    ] = 1.0,
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="Host memory to keep within, all told: 24GiB.")
@@ -36,12 +46,13 @@ def generate(  # noqa: PLR0913  the options are the interface
     ] = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
+    from engine.beam import BeamParams, answer_text, beam_search
     from engine.footprint import PREFIX_TOKENS, Workload
     from engine.generation import generate as run
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request, check_tokenizer
-    from engine.request import Piece, SamplingParams
+    from engine.request import SamplingParams
     from engine.routing import record_routing as record
     from engine.tokenizer import open_tokenizer
     from engine.units import parse_bytes
@@ -66,22 +77,36 @@ def generate(  # noqa: PLR0913  the options are the interface
         None if gpu_memory is None else parse_bytes(gpu_memory),
         on_plan=lambda plan: typer.echo("\n".join(plan.summary()), err=True),
         workload=Workload(
-            source_tokens=len(request.encoder_ids), target_tokens=max_tokens + PREFIX_TOKENS
+            rows=beams,
+            source_tokens=len(request.encoder_ids),
+            target_tokens=max_tokens + PREFIX_TOKENS,
         ),
     )
     recorder = record(loaded.model) if record_routing else None
-    blank = 0
-    for event in run(loaded.model, tokenizer, request):
-        if isinstance(event, Piece):
-            typer.echo("\n" * (event.blank - blank) + event.text, nl=False)
-            sys.stdout.flush()
-            blank = event.blank
-    typer.echo()
+    if beams > 1:
+        search = BeamParams(num_beams=beams, length_penalty=length_penalty)
+        best = beam_search(loaded.model, tokenizer, request, search)[0]
+        typer.echo(answer_text(request, tokenizer, config, best))
+    else:
+        print_pieces(run(loaded.model, tokenizer, request))
     if loaded.experts is not None:
         typer.echo(loaded.experts.summary(), err=True)
     loaded.close()
     if recorder and record_routing:
         recorder.save(record_routing)
+
+
+def print_pieces(events: "Iterable[Event]") -> None:
+    """Print the text as it comes; each blank on a line of its own."""
+    from engine.request import Piece
+
+    blank = 0
+    for event in events:
+        if isinstance(event, Piece):
+            typer.echo("\n" * (event.blank - blank) + event.text, nl=False)
+            sys.stdout.flush()
+            blank = event.blank
+    typer.echo()
 
 
 def tokenize(

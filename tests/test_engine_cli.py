@@ -81,6 +81,16 @@ def test_a_wrong_dtype_is_wrong_usage(capsys, model_dir):
     assert run(capsys, "generate", model_dir, "hello", "--dtype", "int3")[0] == 2
 
 
+def test_beams_find_an_answer_and_do_not_fill_blanks(capsys, model_dir):
+    code, out, _ = run(capsys, "generate", model_dir, "hello", "--beams", 3, "--max-tokens", 6)
+    assert code == 0
+    assert out == run(capsys, "generate", model_dir, "hello", "--beams", 3, "--max-tokens", 6)[1]
+    options = ["--fill", "--beams", 3]
+    code, _, err = run(capsys, "generate", model_dir, "a <span>", *options)
+    assert code == 1
+    assert "does not fill blanks" in err
+
+
 def test_the_routing_of_a_text_is_recorded(capsys, model_dir, tmp_path):
     trace = tmp_path / "trace.npz"
     options = ["--max-tokens", 5, "--temperature", 1.5, "--seed", 3]

@@ -1,0 +1,175 @@
+"""Beam search for one text: the likeliest of many ways to go on, not the greediest.
+
+CPM-2's translation uses 4 beams. The definition is that of transformers' generation (without
+sampling), which the tests hold this to. Shape letters: W beams, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.errors import EngineError, RequestError
+from engine.generation import Generation
+from engine.model.transformer import DecoderCache, Transformer
+from engine.request import Request
+from engine.tokenizer import Tokenizer
+
+MAX_BEAMS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamParams:
+    """How to search. A hypothesis scores its log-probability over its length ** length_penalty.
+
+    Above 0 the penalty favours long answers. With `stops_early` the search ends as soon as there
+    are `num_beams` complete answers; else when no open beam can beat the worst of them any more.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    stops_early: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_beams <= MAX_BEAMS:
+            raise RequestError(
+                f"num_beams is {self.num_beams}; allowed: 1 to {MAX_BEAMS}", "num_beams"
+            )
+        if not -10 <= self.length_penalty <= 10:  # NaN is in no range
+            raise RequestError(
+                f"length_penalty is {self.length_penalty}; allowed: -10 to 10", "length_penalty"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A complete answer, its end mark included, and its score; higher is better."""
+
+    token_ids: tuple[int, ...]
+    score: float
+
+
+@dataclass(slots=True)
+class _Finished:
+    """The best complete answers so far, at most as many as there are beams."""
+
+    params: BeamParams
+    kept: list[Hypothesis] = field(default_factory=list)
+
+    def add(self, token_ids: tuple[int, ...], logprob: float) -> None:
+        score = logprob / len(token_ids) ** self.params.length_penalty
+        self.kept.append(Hypothesis(token_ids, score))
+        self.kept.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.kept[self.params.num_beams :]
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.kept) == self.params.num_beams
+
+    def is_beyond(self, best_logprob: float, length: int) -> bool:
+        """Whether no open beam, of which the best is given, will get among the kept any more."""
+        if not self.is_full:
+            return False
+        hoped = best_logprob / length**self.params.length_penalty
+        return self.params.stops_early or hoped <= self.kept[-1].score
+
+
+@torch.inference_mode()
+def beam_search(
+    model: Transformer, tokenizer: Tokenizer, request: Request, params: BeamParams
+) -> list[Hypothesis]:
+    """The best answers to a request, best first; up to `num_beams`.
+
+    Penalties, biases and filters of the request's sampling do not take part; bans, end marks and
+    max_tokens do.
+    Raises RequestError for blanks to fill, EngineError if the model's scores are not finite.
+    """
+    if request.num_blanks:
+        raise RequestError("beam search continues texts; it does not fill blanks", "num_beams")
+    row = Generation(request, tokenizer, model.config)
+    cache = _start(model, request, len(row.prefix), params.num_beams)
+    finished = _Finished(params)
+    beams: list[tuple[int, ...]] = [()] * params.num_beams
+    logprobs_W = torch.full((params.num_beams,), -1e9)
+    logprobs_W[0] = 0.0  # all beams are alike at first: only one may go on
+    tokens = [list(row.prefix)] * params.num_beams
+    for length in range(1, request.params.max_tokens + 1):
+        steps_WV = _next_logprobs(model, cache, tokens, row)
+        picked = _pick(logprobs_W, steps_WV, (1 + max(1, len(row.closing))) * params.num_beams)
+        is_last = length == request.params.max_tokens
+        still_open = []
+        for rank, (logprob, beam, token_id) in enumerate(picked):
+            if token_id in row.closing or is_last:
+                if rank < params.num_beams:
+                    finished.add((*beams[beam], token_id), logprob)
+            elif len(still_open) < params.num_beams:
+                still_open.append((logprob, beam, token_id))
+        if is_last or not still_open or finished.is_beyond(still_open[0][0], length):
+            break
+        beams = [(*beams[beam], token_id) for _, beam, token_id in still_open]
+        logprobs_W = torch.tensor([logprob for logprob, _, _ in still_open])
+        tokens = [[token_id] for _, _, token_id in still_open]
+        _reorder(cache, [beam for _, beam, _ in still_open])
+    return finished.kept
+
+
+def answer_text(
+    request: Request, tokenizer: Tokenizer, config: ModelConfig, answer: Hypothesis
+) -> str:
+    """The text of an answer, without its end mark; stop strings cut it."""
+    row = Generation(request, tokenizer, config)
+    pieces = []
+    for token_id in answer.token_ids:
+        if row.finish is None:
+            pieces += row.push(token_id)
+    return "".join(piece.text for piece in pieces)
+
+
+def _start(model: Transformer, request: Request, num_prefix: int, num_beams: int) -> DecoderCache:
+    """Caches of W rows that read one text; its projections are there once, shared by all."""
+    source_1S = torch.tensor([request.encoder_ids], device=model.embedding.weight.device)
+    segments_1S = torch.ones_like(source_1S)
+    encoded_1SD = model.encode(source_1S, segments_1S)
+    cache = model.start_cache(encoded_1SD, segments_1S, num_prefix + request.params.max_tokens)
+    wide = (num_beams, -1, -1, -1)
+    return DecoderCache(
+        [keys.repeat(num_beams, 1, 1, 1) for keys in cache.self_keys],
+        [values.repeat(num_beams, 1, 1, 1) for values in cache.self_values],
+        [keys.expand(wide) for keys in cache.cross_keys],
+        [values.expand(wide) for values in cache.cross_values],
+        cache.cross_bias.expand(wide),
+        cache.lengths_B.repeat(num_beams),
+    )
+
+
+def _next_logprobs(
+    model: Transformer, cache: DecoderCache, tokens: Sequence[Sequence[int]], row: Generation
+) -> Tensor:
+    """Log-probabilities (W, V), fp32, of the next token of each beam; -inf where it is banned."""
+    tokens_WT = torch.tensor(tokens, device=model.embedding.weight.device)
+    scores_WV = model.logits(model.step(tokens_WT, cache)[:, -1]).float().log_softmax(-1)
+    if not scores_WV.isfinite().all():
+        raise EngineError("the model gave scores that are not finite")
+    return torch.stack([row.ban(scores_V) for scores_V in scores_WV]).cpu()
+
+
+def _pick(logprobs_W: Tensor, steps_WV: Tensor, count: int) -> list[tuple[float, int, int]]:
+    """The best `count` ways to go on: log-probability, beam, token."""
+    together_WV = logprobs_W.unsqueeze(1) + steps_WV
+    num_scores = steps_WV.shape[1]
+    values, indices = together_WV.flatten().topk(min(count, together_WV.numel()))
+    return [
+        (value, index // num_scores, index % num_scores)
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        if value > -torch.inf
+    ]
+
+
+def _reorder(cache: DecoderCache, beams: Sequence[int]) -> None:
+    """Let row w go on from what row beams[w] has read."""
+    index = torch.tensor(beams, device=cache.lengths_B.device)
+    for tensors in (cache.self_keys, cache.self_values):
+        for layer, tensor in enumerate(tensors):
+            tensors[layer] = tensor.index_select(0, index)
