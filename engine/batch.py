@@ -96,18 +96,29 @@ class Batch:
     ) -> list[tuple[Row, list[Event]]]:
         """Take in rows and make the first token of each; row i reads `encoded_BSD[which[i]]`.
 
-        Returns what each may tell. Those that ended, or failed, have left already.
+        Returns what each may tell. Those that ended, or failed, have left already. Rows for which
+        there is no memory together are tried one by one.
         """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].generation.prefix))
         rows, which = [rows[i] for i in order], [which[i] for i in order]
         begin = len(self.rows)
-        self._cache.append(
-            encoded_BSD[torch.tensor(which, device=encoded_BSD.device)],
-            [len(row.request.encoder_ids) for row in rows],
-            [len(row.generation.prefix) + row.request.params.max_tokens for row in rows],
-        )
-        self.rows += rows
+        try:
+            self._cache.append(
+                encoded_BSD[torch.tensor(which, device=encoded_BSD.device)],
+                [row.request.source.num_positions for row in rows],
+                [len(row.generation.prefix) + row.request.params.max_tokens for row in rows],
+            )
+        except ROW_ERRORS as error:
+            if len(rows) == 1:
+                logger.exception("%s has no room in the caches", rows[0].request.request_id)
+                return [(rows[0], [_failed(error)])]
+        else:
+            self.rows += rows
         outcomes: list[tuple[Row, list[Event]]] = []
+        if begin == len(self.rows):  # not in `except`: the error keeps alive what was half made
+            for row, i in zip(rows, which, strict=True):
+                outcomes += self.join([row], encoded_BSD, [i])
+            return outcomes
         for _, group in groupby(rows, key=lambda row: len(row.generation.prefix)):
             prefixes = [row.generation.prefix for row in group]
             outcomes += self._advance(begin, prefixes)
@@ -145,6 +156,7 @@ class Batch:
         tokens_BT = torch.tensor(tokens, device=self._model.embedding.weight.device)
         cache = self._cache.view(begin, end)
         lengths_B = cache.lengths_B.clone()
+        scores_BV: Tensor | None = None
         try:
             hidden_BTD = self._model.step(tokens_BT, cache)
             scores_BV = self._model.logits(hidden_BTD[:, -1])
@@ -154,6 +166,7 @@ class Batch:
                 logger.exception("%s failed", self.rows[begin].request.request_id)
                 yield error
                 return
+        if scores_BV is None:  # not in `except`: the error keeps alive what the step had made
             for index, row_tokens in enumerate(tokens, begin):
                 yield from self._scores(index, [row_tokens])
             return
@@ -162,18 +175,27 @@ class Batch:
 
     def _choose(self, row: Row, scores_V: Tensor | Exception) -> list[Event]:
         if isinstance(scores_V, Exception):
-            return [Failed(f"the engine could not go on: {type(scores_V).__name__}")]
+            return [_failed(scores_V)]
         generation, params = row.generation, row.request.params
+        asked = params.logprobs
         try:
             banned_V = generation.ban(scores_V)
             token_id = choose_token(banned_V, params, row.generator, generation.counts)
+            logprob = None if asked is None else tell_logprob(scores_V, token_id, asked)
         except EngineError as error:
             return [Failed(f"the engine could not go on: {error}")]
-        asked = params.logprobs
-        logprob = None if asked is None else tell_logprob(scores_V, token_id, asked)
+        except ROW_ERRORS as error:
+            logger.exception("%s failed in the sampler", row.request.request_id)
+            return [_failed(error)]
         return row.push(token_id, logprob)
 
     def _let_go(self, outcomes: list[tuple[Row, list[Event]]]) -> None:
         for row, events in outcomes:
+            if events and isinstance(events[-1], Failed):
+                self._cache.wipe(self.rows.index(row))  # what made it fail may not be finite
             if events and isinstance(events[-1], Finished | Failed):
                 self.leave(row)
+
+
+def _failed(error: Exception) -> Failed:
+    return Failed(f"the engine could not go on: {type(error).__name__}")

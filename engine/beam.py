@@ -15,6 +15,7 @@ from engine.errors import EngineError, RequestError
 from engine.generation import Generation
 from engine.model.transformer import DecoderCache, Transformer
 from engine.request import Request
+from engine.sources import gather
 from engine.tokenizer import Tokenizer
 
 MAX_BEAMS = 32
@@ -99,7 +100,7 @@ def beam_search(
         steps_WV = _next_logprobs(model, cache, tokens, row)
         picked = _pick(logprobs_W, steps_WV, (1 + max(1, len(row.closing))) * params.num_beams)
         is_last = length == request.params.max_tokens
-        still_open = []
+        still_open: list[tuple[float, int, int]] = []
         for rank, (logprob, beam, token_id) in enumerate(picked):
             if token_id in row.closing or is_last:
                 if rank < params.num_beams:
@@ -129,10 +130,9 @@ def answer_text(
 
 def _start(model: Transformer, request: Request, num_prefix: int, num_beams: int) -> DecoderCache:
     """Caches of W rows that read one text; its projections are there once, shared by all."""
-    source_1S = torch.tensor([request.encoder_ids], device=model.embedding.weight.device)
-    segments_1S = torch.ones_like(source_1S)
-    encoded_1SD = model.encode(source_1S, segments_1S)
-    cache = model.start_cache(encoded_1SD, segments_1S, num_prefix + request.params.max_tokens)
+    source = gather(model, [request.source])
+    capacity = num_prefix + request.params.max_tokens
+    cache = model.start_cache(model.encode(*source), source.segments_BS, capacity)
     wide = (num_beams, -1, -1, -1)
     return DecoderCache(
         [keys.repeat(num_beams, 1, 1, 1) for keys in cache.self_keys],

@@ -187,9 +187,13 @@ def open_tensor_files(directory: Path) -> TensorFiles:
                     f"{directory / INDEX}: disagrees with {path.name}: {wrong[0]}"
                 )
         return TensorFiles(weight_map, handles)
-    path = directory / SINGLE
-    if not path.exists():
+    if not (directory / SINGLE).exists():
         raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}")
+    return open_tensor_file(directory / SINGLE)
+
+
+def open_tensor_file(path: Path) -> TensorFiles:
+    """Open one safetensors file. Raises CheckpointError if it is missing or damaged."""
     handle = _open(path)
     return TensorFiles(dict.fromkeys(handle.keys(), path), {path: handle})
 

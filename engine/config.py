@@ -13,6 +13,7 @@ Router = Literal["cpm_2", "base_layer", "default"]
 TokenizerKind = Literal["cpm2_zh", "cpm2_zh_en", "sentencepiece", "bytes"]
 
 FORMAT_VERSION = 1
+LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

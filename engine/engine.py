@@ -14,6 +14,7 @@ from engine.batch import ROW_ERRORS, Batch, Row, make_row
 from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request
 from engine.scheduler import Demand, Limits, Scheduler
+from engine.sources import Source, encode_layers
 from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
 
@@ -41,7 +42,7 @@ class Sweep(Generic[J]):
     """Texts on their way through the encoder, each text once, however many jobs read it."""
 
     jobs: list[J]
-    texts: list[tuple[int, ...]]
+    texts: list[Source]
     layers: Generator[None, None, Tensor]
     moved_before: PipelineStats | None
     began: float = field(default_factory=perf_counter)
@@ -72,7 +73,8 @@ class Engine(Generic[J]):
     @property
     def running(self) -> int:
         """Requests that are being encoded or decoded."""
-        return len(self._batch) + len(self._retries) + (len(self._sweep.jobs) if self._sweep else 0)
+        sweep = self._sweep  # other threads ask, and it may end meanwhile
+        return len(self._batch) + len(self._retries) + (len(sweep.jobs) if sweep else 0)
 
     def num_waiting(self) -> int:
         """Requests that wait to be begun and that somebody waits for."""
@@ -82,9 +84,10 @@ class Engine(Generic[J]):
         """Queue a request."""
         request = job.request
         demand = Demand(
-            source_tokens=len(request.encoder_ids),
+            source_tokens=request.source.num_positions,
             max_tokens=request.params.max_tokens,
             arrived=job.submitted,
+            key=request.adapter.name if request.adapter else "",
         )
         self.scheduler.add(demand, job)
 
@@ -101,6 +104,9 @@ class Engine(Generic[J]):
 
     def _forget_cancelled(self) -> None:
         self.scheduler.drop(lambda _, job: job.is_cancelled())
+        self._retries = deque(job for job in self._retries if not job.is_cancelled())
+        if self._sweep is not None and all(job.is_cancelled() for job in self._sweep.jobs):
+            self._sweep = None
         for row, job in list(self._jobs.items()):
             if job.is_cancelled():
                 self._batch.leave(row)
@@ -115,18 +121,8 @@ class Engine(Generic[J]):
             jobs = self.scheduler.next_sweep(perf_counter(), self.running, self._has_room)
         if not jobs:
             return
-        texts = list(dict.fromkeys(job.request.encoder_ids for job in jobs))
-        self._sweep = Sweep(jobs, texts, self._encode(texts), self._moved())
-
-    def _encode(self, texts: list[tuple[int, ...]]) -> Generator[None, None, Tensor]:
-        """Pad texts to one length and run the encoder layer by layer."""
-        longest = max(map(len, texts))
-        device = self._model.embedding.weight.device
-        pad = self._model.config.pad_token_id
-        tokens_BS = torch.tensor([[*text, *[pad] * (longest - len(text))] for text in texts])
-        lengths_B1 = torch.tensor([[len(text)] for text in texts])
-        segments_BS = (torch.arange(longest) < lengths_B1).long()
-        return (yield from self._model.encode_layers(tokens_BS.to(device), segments_BS.to(device)))
+        texts = list(dict.fromkeys(job.request.source for job in jobs))
+        self._sweep = Sweep(jobs, texts, encode_layers(self._model, texts), self._moved())
 
     def _has_room(self, demands: list[Demand]) -> bool:
         sources = [demand.source_tokens for demand in demands]
@@ -163,7 +159,7 @@ class Engine(Generic[J]):
             row.moved_before = sweep.moved_before
             self._jobs[row] = job
             rows.append(row)
-            which.append(sweep.texts.index(job.request.encoder_ids))
+            which.append(sweep.texts.index(job.request.source))
         return self._tell(self._batch.join(rows, encoded_BSD, which)) if rows else []
 
     def _with_moved(self, row: Row, event: Event) -> Event:

@@ -13,10 +13,9 @@ import torch
 
 from engine.checkpoint_tensors import Shape
 from engine.checkpoint_writer import dense_shapes
-from engine.config import ModelConfig
+from engine.config import LENGTH_FACTOR, ModelConfig
 from engine.errors import ConfigError
 from engine.model.quantized import CHUNK_OUTPUTS
-from engine.prompt import LENGTH_FACTOR
 
 PREFIX_TOKENS = 2  # the start id and the sentinel that the decoder answers to
 FLOAT_BYTES = 4  # norms, scores and probabilities are computed in fp32

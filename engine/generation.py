@@ -11,10 +11,12 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.detokenizer import Detokenizer, StopMatcher
+from engine.errors import RequestError
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
 from engine.request import Event, Finished, FinishReason, Piece, Request, TokenLogprob
 from engine.sampling import choose_token, tell_logprob
+from engine.sources import gather
 from engine.tokenizer import Tokenizer
 
 
@@ -25,8 +27,8 @@ class Generation:
 
     While filling, only the sentinel of the next blank is allowed, and only after a token of the
     present one; the sentinel after the last blank, or an end id in the last blank, ends the
-    request. While continuing, any sentinel and any end id end it. A stop string ends it in any
-    blank; the blanks after it stay empty.
+    request. While continuing, any end id ends it, and any sentinel of a model that continues after
+    one. A stop string ends it in any blank; the blanks after it stay empty.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -44,11 +46,21 @@ class Generation:
         unnamed = range(tokenizer.vocab_size, config.vocab_size)
         marks = {config.pad_token_id, config.decoder_start_token_id, *tokenizer.control_ids}
         self._never = sorted((marks | set(unnamed)) - self._ends)
-        self._never_V: Tensor | None = None
+        self._bans: tuple[Tensor, Tensor] | None = None
         self._stop_ids = set(request.params.stop_token_ids)
-        closing = self._sentinels if config.continuation_sentinel is not None else []
-        self._closing = sorted({*self._ends, *closing})  # what ends a text that is continued
+        self._closing = sorted(self._ends.union(self._closing_sentinels()))
         self._open_blank()
+
+    @property
+    def closing(self) -> frozenset[int]:
+        """Ids that end a text that is continued."""
+        return frozenset(self._closing)
+
+    def _closing_sentinels(self) -> list[int]:
+        """Sentinels that end the request, not only a blank of it."""
+        if self.request.num_blanks:
+            return [self._sentinels[self.request.num_blanks]]
+        return self._sentinels if self.config.continuation_sentinel is not None else []
 
     def _open_blank(self) -> None:
         self._detokenizer = Detokenizer(self.tokenizer)
@@ -57,11 +69,12 @@ class Generation:
 
     def ban(self, logits_V: Tensor) -> Tensor:
         """Scores (V,) with -inf at the tokens that must not come next."""
-        if self._never_V is None:
-            self._never_V = self._forbidden(len(logits_V)).to(logits_V.device)
-        logits_V = logits_V.masked_fill(self._never_V, -torch.inf)
-        if self.num_tokens < self.request.params.min_tokens:
-            logits_V[self._closing + sorted(self._stop_ids)] = -torch.inf
+        if self._bans is None:  # once: lists of ids may be as long as the vocabulary
+            never_V, early_V = self._forbidden(len(logits_V))
+            self._bans = never_V.to(logits_V.device), early_V.to(logits_V.device)
+        never_V, early_V = self._bans
+        is_early = self.num_tokens < self.request.params.min_tokens
+        logits_V = logits_V.masked_fill(early_V if is_early else never_V, -torch.inf)
         if self.request.num_blanks:
             closing = self._sentinels[self.blank + 1]
             keep = logits_V[closing].clone()
@@ -72,8 +85,11 @@ class Generation:
                 logits_V[list(self._ends)] = -torch.inf
         return logits_V
 
-    def _forbidden(self, num_scores: int) -> Tensor:
-        """Which tokens (V,), bool, may never come in this row."""
+    def _forbidden(self, num_scores: int) -> tuple[Tensor, Tensor]:
+        """Which tokens, two (V,) of bool, may never come in this row, and before its least length.
+
+        The second holds the first.
+        """
         params = self.request.params
         if params.allowed_token_ids:
             never_V = torch.ones(num_scores, dtype=torch.bool)
@@ -83,7 +99,9 @@ class Generation:
         never_V[self._never] = True
         if params.ignore_eos:
             never_V[self._closing] = True
-        return never_V
+        early_V = never_V.clone()
+        early_V[[*self._closing, *self._stop_ids]] = True
+        return never_V, early_V
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> list[Piece]:
         """Take the chosen token; returns the text that is final now."""
@@ -143,6 +161,24 @@ class Generation:
         return self._flush()
 
 
+def require_choice(request: Request, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise RequestError if the parameters of a request ban every token.
+
+    What may come first may always come: no state bans more than the first one.
+    """
+    params = request.params
+    if not params.allowed_token_ids and not params.stop_token_ids:
+        return
+    scores_V = Generation(request, tokenizer, config).ban(torch.zeros(config.vocab_size))
+    if scores_V.max().isneginf():
+        field = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
+        raise RequestError(
+            f"{field} leaves no token that may come first: marks never may, an end neither before "
+            "min_tokens nor with ignore_eos nor in an empty blank",
+            field,
+        )
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer, tokenizer: Tokenizer, request: Request, *, queued_s: float = 0.0
@@ -154,10 +190,9 @@ def generate(
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     began = perf_counter()
-    encoder_BS = torch.tensor([request.encoder_ids], device=device)
-    segments_BS = torch.ones_like(encoder_BS)
-    hidden_BSD = model.encode(encoder_BS, segments_BS)
-    cache = model.start_cache(hidden_BSD, segments_BS, len(row.prefix) + params.max_tokens)
+    source = gather(model, [request.source])
+    hidden_BSD = model.encode(*source)
+    cache = model.start_cache(hidden_BSD, source.segments_BS, len(row.prefix) + params.max_tokens)
     encoded = perf_counter()
     tokens_BT = torch.tensor([row.prefix], device=device)
     while row.finish is None:

@@ -5,14 +5,14 @@ Source: CPM-2's sequence protocol; CPM-2.1's continuation; T5's sentinels.
 
 from collections.abc import Sequence
 
-from engine.config import ModelConfig
+from engine.adapters import Adapter
+from engine.config import LENGTH_FACTOR, ModelConfig
 from engine.errors import PromptTooLong, RequestError, TokenizerError
 from engine.request import Request, SamplingParams
 from engine.tokenizer import Tokenizer
 
 BLANK = "<span>"
 MAX_BLANKS = 16
-LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
 MAX_TOKEN_CHARS = 24  # no vocabulary has a longer piece; bounds the work on a text that cannot fit
 
 
@@ -37,10 +37,12 @@ def build_request(
     request_id: str,
     *,
     fill: bool = False,
+    adapter: Adapter | None = None,
 ) -> Request:
     """Tokenize a prompt.
 
-    With `fill`, each `<span>` in it is a blank to fill; otherwise it is continued.
+    With `fill`, each `<span>` in it is a blank to fill; otherwise it is continued. The vectors of
+    the adapter count towards its length.
 
     Raises RequestError if the prompt is empty, an id is unknown, there is no blank to fill or
     blanks given as ids are out of order, or if max_tokens is above LENGTH_FACTOR times the length
@@ -77,10 +79,18 @@ def build_request(
     ending = _ending(tokenizer, config, fill=fill)
     if isinstance(prompt, str) or ids[-len(ending) :] != ending:  # given ids may be closed already
         ids += ending
-    if len(ids) > limit:
-        raise PromptTooLong(f"the prompt has {len(ids)} tokens; the limit is {limit}", "prompt")
+    vectors = adapter.num_vectors if adapter else 0
+    if len(ids) + vectors > limit:
+        beside = f" beside the {vectors} of its adapter" if vectors else ""
+        raise PromptTooLong(
+            f"the prompt has {len(ids)} tokens{beside}; the limit is {limit}", "prompt"
+        )
     return Request(
-        request_id=request_id, encoder_ids=tuple(ids), params=params, num_blanks=num_blanks
+        request_id=request_id,
+        encoder_ids=tuple(ids),
+        params=params,
+        num_blanks=num_blanks,
+        adapter=adapter,
     )
 
 

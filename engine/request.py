@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.adapters import Adapter
 from engine.errors import RequestError
+from engine.sources import Source
 from offload.pipeline import PipelineStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -91,7 +93,7 @@ BOUNDS: dict[str, tuple[float, float, float | None]] = {  # lowest, highest, and
     "top_p": (0, 1, 0),
     "min_p": (0, 1, None),
     "typical_p": (0, 1, 0),
-    "repetition_penalty": (0, 10, 0),
+    "repetition_penalty": (0.01, 10, None),  # scores over less might overflow
     "presence_penalty": (-2, 2, None),
     "frequency_penalty": (-2, 2, None),
 }
@@ -102,13 +104,20 @@ class Request:
     """One generation: what the encoder reads, and how to go on.
 
     `num_blanks` 0 continues the text; above 0 the encoder text holds that many sentinels and the
-    answers are read between them.
+    answers are read between them. `adapter` is the soft prompt itself and not its name: a new
+    version changes nothing for a request that is on its way.
     """
 
     request_id: str
     encoder_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     num_blanks: int = 0
+    adapter: Adapter | None = None
+
+    @property
+    def source(self) -> Source:
+        """All that the encoder reads."""
+        return Source(self.encoder_ids, self.adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +167,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end of a request that the engine could not carry out."""
+    """The end of a request that the engine could not carry out.
+
+    `is_shutdown`: for want of time only; another server, or this one when it is back, may do it.
+    """
 
     message: str
+    is_shutdown: bool = False
 
 
 Event = Piece | Finished | Failed

@@ -15,6 +15,7 @@ from engine.errors import RequestError
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
 from engine.request import Request
+from engine.sources import Source, gather
 from engine.tokenizer import Tokenizer
 
 MAX_TOKENS = 4096  # of sources and targets with their padding, in one pass
@@ -53,7 +54,7 @@ class Score:
 class _Row:
     question: int
     choice: int
-    source: tuple[int, ...]
+    source: Source
     prefix: tuple[int, ...]
     target: tuple[int, ...]
 
@@ -92,7 +93,7 @@ def score(
     Rows go together as far as `max_tokens` reach, texts of like length beside one another.
     """
     rows = list(_rows(questions, tokenizer, model.config))
-    rows.sort(key=lambda row: (len(row.source), row.source, len(row.target)))
+    rows.sort(key=_likeness)
     scores: dict[tuple[int, int], Score] = {}
     for group in _groups(rows, max_tokens):
         for row, found in zip(group, _score_rows(model, group), strict=True):
@@ -109,14 +110,22 @@ def _rows(
     for number, question in enumerate(questions):
         prefix = tuple(decoder_prefix(question.request, tokenizer, config))
         for choice, target in enumerate(question.choices):
-            yield _Row(number, choice, question.request.encoder_ids, prefix, target)
+            yield _Row(number, choice, question.request.source, prefix, target)
+
+
+def _likeness(row: _Row) -> tuple[int, tuple[int, ...], str, int]:
+    """A sort key that puts equal sources together, and those of like length near them."""
+    ids, adapter = row.source
+    reference = adapter.reference if adapter else ""
+    return row.source.num_positions, ids, reference, len(row.target)
 
 
 def _groups(rows: Sequence[_Row], max_tokens: int) -> Iterator[list[_Row]]:
     group: list[_Row] = []
     for row in rows:
         together = [*group, row]
-        width = max(len(r.source) for r in together) + max(len(r.decoder_ids) for r in together)
+        source = max(r.source.num_positions for r in together)
+        width = source + max(len(r.decoder_ids) for r in together)
         if group and width * len(together) > max_tokens:
             yield group
             together = [row]
@@ -127,12 +136,12 @@ def _groups(rows: Sequence[_Row], max_tokens: int) -> Iterator[list[_Row]]:
 
 def _score_rows(model: Transformer, rows: Sequence[_Row]) -> Iterator[Score]:
     texts = list(dict.fromkeys(row.source for row in rows))
-    source_BS, segments_BS = _padded(texts, model)
-    encoded_BSD = model.encode(source_BS, segments_BS)
+    source = gather(model, texts)
+    encoded_BSD = model.encode(*source)
     which = torch.tensor([texts.index(row.source) for row in rows], device=encoded_BSD.device)
     decoder_BT, decoder_segments_BT = _padded([row.decoder_ids for row in rows], model)
     states_BTD = model.decode(
-        decoder_BT, decoder_segments_BT, encoded_BSD[which], segments_BS[which]
+        decoder_BT, decoder_segments_BT, encoded_BSD[which], source.segments_BS[which]
     )
     for row, states_TD in zip(rows, states_BTD, strict=True):
         begin = len(row.prefix) - 1

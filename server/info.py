@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 
-from engine.prompt import LENGTH_FACTOR
+from engine.config import LENGTH_FACTOR
 from server.health import require_ready
 from server.models import ERRORS
 from server.protocol import Engine, ExpertStats

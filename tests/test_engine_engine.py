@@ -1,5 +1,6 @@
 """Requests together give what they give alone, however they come, go and fail."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -164,9 +165,9 @@ def test_equal_texts_go_through_the_encoder_once():
         def __getattr__(self, name):
             return getattr(model, name)
 
-        def encode_layers(self, tokens, segments):
+        def encode_layers(self, tokens, segments, x):
             sizes.append(tuple(tokens.shape))
-            return inner(tokens, segments)
+            return inner(tokens, segments, x)
 
     engine = Engine(Counting(), TOKENIZER, Limits())
     jobs = [Job(make_request("same", DENSE, max_tokens=4, seed=i)) for i in range(6)]
@@ -290,3 +291,178 @@ def test_rows_leave_and_join_without_disturbing_the_others():
     expected = model.step(tokens[:1, :3], caches[0])
     torch.testing.assert_close(model.step(tokens[:1, :3], cache.view(2)), expected)
     assert cache.nbytes > 0
+
+
+def without_memory(is_too_much):
+    """A model that finds no memory for the caches of some texts, by the shape of the encoded."""
+    model = tiny_model(DENSE, seed=5).double()
+    attention = model.decoder.blocks()[0].cross_attention
+    project = attention.project
+
+    def checked(encoded_BSD):
+        if is_too_much(*encoded_BSD.shape[:2]):
+            raise MemoryError
+        return project(encoded_BSD)
+
+    attention.project = checked
+    return model
+
+
+def test_rows_for_which_there_is_no_memory_together_are_taken_in_one_by_one():
+    model = without_memory(lambda rows, length: rows > 1)
+    jobs = [Job(make_request(t, DENSE, max_tokens=5, seed=1)) for t in ("one", "two", "three")]
+    events = run(Engine(model, TOKENIZER, Limits()), {0: jobs})
+    for job in jobs:
+        assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
+        assert isinstance(events[job][-1], Finished)
+
+
+def test_a_row_for_which_there_is_no_memory_fails_alone():
+    model = without_memory(lambda rows, length: length == 31)
+    first, long, last = (
+        Job(make_request(t, DENSE, max_tokens=9, seed=1)) for t in ("one", "a" * 30, "three")
+    )
+    engine = Engine(model, TOKENIZER, Limits())
+    events = run(engine, {0: [first], 4: [long], 8: [last]})
+    assert events[long] == [Failed("the engine could not go on: MemoryError")]
+    for job in (first, last):
+        assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
+    assert engine.running == 0
+
+
+@pytest.mark.parametrize("name", ["step", "project"])
+def test_what_a_failed_try_had_made_is_gone_before_the_next_one(name):
+    model = tiny_model(DENSE, seed=5).double()
+    place = model if name == "step" else model.decoder.blocks()[0].cross_attention
+    inner, made, left = getattr(place, name), [], []
+
+    def hungry(tensor, *args):
+        left.append(sum(ref() is not None for ref in made))
+        workspace = torch.zeros(9)
+        made.append(weakref.ref(workspace))
+        if len(tensor) > 1:
+            raise MemoryError
+        return inner(tensor, *args)
+
+    setattr(place, name, hungry)
+    jobs = [Job(make_request(t, DENSE, max_tokens=3, seed=1)) for t in ("one", "two")]
+    events = run(Engine(model, TOKENIZER, Limits()), {0: jobs})
+    assert all(isinstance(events[job][-1], Finished) for job in jobs)
+    assert not any(left)
+
+
+class Cramped(RowCache):
+    """Has memory for so many arenas."""
+
+    num_arenas = 100
+
+    def _arena(self, rows, positions):
+        self.num_arenas -= bool(rows)
+        if self.num_arenas < 0:
+            raise MemoryError
+        return super()._arena(rows, positions)
+
+
+@torch.no_grad()
+def test_arenas_that_cannot_all_grow_stay_as_they_are():
+    model = MODELS[DENSE]
+    encoded = model.encode(random_ids(1, 3, 3), torch.ones(1, 3))
+    cache = Cramped(model)
+    cache.append(encoded, [3], [10])
+    before = cache.nbytes
+    cache.num_arenas = 1  # the second one finds no memory
+    with pytest.raises(MemoryError):
+        cache.append(encoded.expand(2, -1, -1), [3, 3], [10, 10])
+    assert (len(cache), cache.nbytes) == (1, before)
+    cache.num_arenas = 2
+    cache.append(encoded.expand(2, -1, -1), [3, 3], [10, 10])
+    tokens = random_ids(1, 2, 1)
+    states = model.step(tokens.expand(3, -1), cache.view())
+    torch.testing.assert_close(states[2], states[0])
+
+
+class Spoiling:
+    """A model that spoils some texts on their way through it."""
+
+    def __init__(self, model, encode=lambda encoded: encoded, logits=lambda scores: scores):
+        self._model, self._encode, self._logits = model, encode, logits
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def encode_layers(self, *args):
+        encoded = yield from self._model.encode_layers(*args)
+        return self._encode(encoded)
+
+    def logits(self, hidden):
+        return self._logits(self._model.logits(hidden).clone())
+
+
+def test_scores_that_overflow_in_the_sampler_fail_their_row_only():
+    def spoil(scores):
+        scores[0] *= 1e33
+        return scores
+
+    jobs = [
+        Job(make_request(t, name=t, max_tokens=3, temperature=1e-7, seed=1, ignore_eos=True))
+        for t in ("one", "two")
+    ]
+    events = run(Engine(Spoiling(MODELS[MOE], logits=spoil), TOKENIZER, Limits()), {0: jobs})
+    assert events[jobs[0]] == [Failed("the engine could not go on: RuntimeError")]
+    # the other has its place then, and is spoiled in turn
+    assert events[jobs[1]][-1] == Failed("the engine could not go on: RuntimeError")
+    assert len(events[jobs[1]]) > 1
+
+
+def test_what_a_failed_row_leaves_behind_spoils_nobody():
+    def spoil(encoded):
+        return encoded * torch.nan if encoded.shape[1] == 21 else encoded
+
+    model = Spoiling(MODELS[DENSE], spoil)
+    long, bad, short = (
+        Job(make_request("a" * n, DENSE, max_tokens=60, seed=1, ignore_eos=True))
+        for n in (40, 20, 3)
+    )
+    events = run(Engine(model, TOKENIZER, Limits()), {0: [long], 5: [bad], 15: [short]})
+    assert isinstance(events[bad][-1], Failed)
+    for job in (long, short):  # `short` stands where `bad` stood, and sees as far as `long` reaches
+        assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
+
+
+def cancellable(text, **params):
+    flags = []
+    return Job(make_request(text, DENSE, **params), is_cancelled=lambda: bool(flags)), flags
+
+
+def test_a_sweep_that_nobody_waits_for_ends_at_once():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits())
+    jobs = [cancellable(text, max_tokens=2) for text in ("one", "two")]
+    for job, _ in jobs:
+        engine.add(job)
+    assert engine.turn() == []
+    assert engine.running == 2
+    for _, flags in jobs:
+        flags.append(True)
+    assert engine.turn() == []
+    assert engine.running == 0
+
+
+def test_a_text_that_nobody_waits_for_is_not_tried_again():
+    sizes = []
+
+    class Failing(Spoiling):
+        def encode_layers(self, tokens, *args):
+            sizes.append(len(tokens))
+            raise RuntimeError
+            yield
+
+    engine = Engine(Failing(MODELS[DENSE]), TOKENIZER, Limits())
+    jobs = [cancellable(text, max_tokens=2) for text in ("one", "two")]
+    for job, _ in jobs:
+        engine.add(job)
+    engine.turn()
+    for _, flags in jobs:
+        flags.append(True)
+    assert engine.running == 2
+    assert engine.turn() == []
+    assert (sizes, engine.running) == ([2], 0)

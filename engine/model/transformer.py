@@ -115,9 +115,12 @@ class Transformer(nn.Module):
         """The MoE layers in the order of computation."""
         return [module for module in self.modules() if isinstance(module, MoELayer)]
 
-    def encode(self, tokens_BS: Tensor, segments_BS: Tensor) -> Tensor:
-        """Run the encoder. Returns (B, S, D), normed; rows of padding hold no meaning."""
-        layers = self.encode_layers(tokens_BS, segments_BS)
+    def encode(self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None) -> Tensor:
+        """Run the encoder. Returns (B, S, D), normed; rows of padding hold no meaning.
+
+        `x_BSD` is read instead of the embeddings of the tokens, where it is given.
+        """
+        layers = self.encode_layers(tokens_BS, segments_BS, x_BSD)
         while True:
             try:
                 next(layers)
@@ -126,10 +129,11 @@ class Transformer(nn.Module):
                 return encoded_BSD
 
     def encode_layers(
-        self, tokens_BS: Tensor, segments_BS: Tensor
+        self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None
     ) -> Generator[None, None, Tensor]:
         """The same, layer by layer: yields after each, so that others may compute in between."""
-        x_BSD = self.embedding(tokens_BS)
+        if x_BSD is None:
+            x_BSD = self.embedding(tokens_BS)
         positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         same_B1SS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)).unsqueeze(1)
         bias = self.encoder.relative_bias(positions_S, positions_S)

@@ -1,0 +1,260 @@
+"""Soft prompts: trained vectors that a request puts among the embeddings of its text.
+
+Shape letters: P vectors, D model width.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint_tensors import (
+    TensorFiles,
+    check_tensor,
+    convert_tensor,
+    open_tensor_file,
+    raw_bytes,
+    read_json,
+)
+from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.errors import CheckpointError
+from engine.model.transformer import Transformer
+
+PEFT_CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+OURS = "infmoe_adapter.json"  # what PEFT has no words for
+VECTORS = "prompt_embeddings"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+VERSION_CHARS = 12
+FINGERPRINT_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """How many vectors go where: before the text, among it, behind all that the encoder reads.
+
+    Those of the middle follow the first `middle_after` tokens, or all of a shorter text.
+    """
+
+    front: int = 0
+    middle: int = 0
+    back: int = 0
+    middle_after: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 0:
+                raise CheckpointError(
+                    f"slots: {field.name} is {value!r}; it must be a whole number, 0 or more"
+                )
+        if self.middle_after and not self.middle:
+            raise CheckpointError(f"slots: middle_after is {self.middle_after}, but middle is 0")
+
+    @property
+    def num_vectors(self) -> int:
+        """All of them."""
+        return self.front + self.middle + self.back
+
+
+# eq: an adapter is itself only, so texts are shared between requests that hold the same one
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True, eq=False)
+class Adapter:
+    """A soft prompt for the encoder, in the dtype and on the device of the model.
+
+    `base_fingerprint` names the model that it was trained on (`model_fingerprint`), if known. The
+    vectors lie in `prompt_PD` in the order front, middle, back.
+    """
+
+    name: str
+    version: str
+    prompt_PD: Tensor
+    slots: Slots
+    base_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, value in (("name", self.name), ("version", self.version)):
+            if not NAME.fullmatch(value):
+                raise CheckpointError(
+                    f"{what} {value[:100]!r} is none: up to 100 letters, digits and . _ -, the "
+                    "first a letter or digit"
+                )
+        prompt_PD = self.prompt_PD
+        if prompt_PD.ndim != 2 or not prompt_PD.numel():
+            raise CheckpointError(
+                f"{VECTORS} has shape {list(prompt_PD.shape)}; expected vectors x width, not empty"
+            )
+        if self.slots.num_vectors != len(prompt_PD):
+            raise CheckpointError(
+                f"{self.slots} are for {self.slots.num_vectors} vectors; there are {len(prompt_PD)}"
+            )
+        if not bool(torch.isfinite(prompt_PD).all()):
+            raise CheckpointError(f"{VECTORS} has values that are NaN or infinite; train it again")
+
+    @property
+    def reference(self) -> str:
+        """Name and version, as requests give them."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def num_vectors(self) -> int:
+        """Positions that it adds to what the encoder reads."""
+        return len(self.prompt_PD)
+
+
+def load_adapter(
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    fingerprint: str | None = None,
+) -> Adapter:
+    """Read a prompt-tuning folder of PEFT; the adapter has the name of the folder.
+
+    `infmoe_adapter.json` beside PEFT's files may give slots (otherwise all vectors go in front), a
+    version (otherwise a checksum) and the fingerprint of the base. `fingerprint` is that of the
+    model that will read it; without one, vectors that were trained on any base are taken.
+
+    Raises CheckpointError if a file is missing, damaged or a pickle, or the vectors do not fit.
+    """
+    path = path.absolute()
+    num_vectors, num_rows = _read_peft_config(path / PEFT_CONFIG, config)
+    ours = _read_ours(path / OURS)
+    _check_base(path, ours.base_fingerprint, fingerprint)
+    where = str(path / TENSORS)
+    files = _open_vectors(path)
+    shape = (num_rows, config.d_model)
+    if files.shape(VECTORS) != shape:  # before anything is read
+        raise CheckpointError(
+            f"{where}: {VECTORS} has shape {list(files.shape(VECTORS))}; expected {list(shape)} by "
+            f"{PEFT_CONFIG} and the model"
+        )
+    stored = files.tensor(VECTORS)
+    check_tensor(where, VECTORS, stored, shape)
+    stored_PD = stored[:num_vectors].clone()  # not a view: what PEFT does not read is let go
+    slots = ours.slots or Slots(front=num_vectors)
+    try:
+        return Adapter(
+            name=path.name,
+            version=ours.version or _checksum(stored_PD, slots),
+            prompt_PD=convert_tensor(where, VECTORS, stored_PD, dtype).to(device),
+            slots=slots,
+            base_fingerprint=ours.base_fingerprint,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def model_fingerprint(model: Transformer) -> str:
+    """Tell a base from another one: a checksum of the config and of rows of the embedding.
+
+    256 rows, evenly spaced over the vocabulary, as bfloat16: so it is the same for float32 and
+    bfloat16 copies of one checkpoint, and for float16 ones of what fits there. Of the config, what
+    is not a default: new fields do not change it. Models that differ in other weights only have the
+    same one.
+    """
+    config = model.config
+    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    given = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
+    step = -(-config.vocab_size // FINGERPRINT_ROWS)
+    rows = model.embedding.weight.detach()[::step].to(torch.bfloat16).contiguous()
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
+    digest.update(raw_bytes(rows).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """What `infmoe_adapter.json` tells."""
+
+    slots: Slots | None = None
+    version: str | None = None
+    base_fingerprint: str | None = None
+
+
+def _read_peft_config(path: Path, config: ModelConfig) -> tuple[int, int]:
+    """How many vectors there are, and how many rows in the file.
+
+    PEFT's own default for encoder-decoders is as many rows again for the decoder, which it never
+    reads (its forward pass puts the first half before the encoder's input).
+    """
+    values = read_json(path)
+    allowed = {"peft_type": ("PROMPT_TUNING",), "task_type": ("SEQ_2_SEQ_LM", None)}
+    allowed_ints = {"num_transformer_submodules": (1, 2, None), "token_dim": (config.d_model, None)}
+    for key, choices in (allowed | allowed_ints).items():
+        if values.get(key) not in choices:
+            named = " or ".join(str(choice) for choice in choices if choice is not None)
+            raise CheckpointError(f"{path}: {key} is {values.get(key)!r}; expected {named}")
+    num_vectors = values.get("num_virtual_tokens")
+    longest = config.max_positions * LENGTH_FACTOR - 1  # a text has one token at least
+    if type(num_vectors) is not int or not 1 <= num_vectors <= longest:
+        raise CheckpointError(
+            f"{path}: num_virtual_tokens is {num_vectors!r}; allowed: 1 to {longest}, which leaves "
+            "room for a text"
+        )
+    return num_vectors, num_vectors * int(values.get("num_transformer_submodules") or 1)  # type: ignore[call-overload]  # checked above
+
+
+def _read_ours(path: Path) -> _Ours:
+    if not path.exists():
+        return _Ours()
+    values = read_json(path)
+    known = [field.name for field in fields(_Ours)]
+    _refuse_unknown(path, values, known)
+    for key in ("version", "base_fingerprint"):
+        if not isinstance(values.get(key), str | None):
+            raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected a text")
+    slots = values.pop("slots", None)
+    if slots is not None:
+        if not isinstance(slots, dict):
+            raise CheckpointError(f"{path}: slots is {slots!r}; expected an object")
+        _refuse_unknown(path, slots, [field.name for field in fields(Slots)])
+        try:
+            slots = Slots(**slots)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return _Ours(slots, **values)  # type: ignore[arg-type]  # checked above
+
+
+def _refuse_unknown(path: Path, values: dict[str, object], known: list[str]) -> None:
+    if unknown := sorted(values.keys() - set(known)):
+        raise CheckpointError(
+            f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(known)}"
+        )
+
+
+def _check_base(path: Path, trained_on: str | None, fingerprint: str | None) -> None:
+    if fingerprint is not None and trained_on is not None and trained_on != fingerprint:
+        raise CheckpointError(
+            f"{path}: was trained on another base: {OURS} has fingerprint {trained_on[:100]}, the "
+            f"model {fingerprint}; load the adapter of this model, or let it go unchecked"
+        )
+
+
+def _open_vectors(path: Path) -> TensorFiles:
+    """Open the file of vectors, which must hold nothing else."""
+    if not (path / TENSORS).exists() and (path / PICKLE).exists():
+        raise CheckpointError(
+            f"{path / PICKLE}: is a pickle, which may run code and is not read; save the adapter "
+            f"with safe_serialization=True, as {TENSORS}"
+        )
+    files = open_tensor_file(path / TENSORS)
+    files.dtype(VECTORS)  # raises if there are none
+    if others := [name for name in files.names() if name != VECTORS]:
+        raise CheckpointError(
+            f"{path / TENSORS}: holds {others[0]} as well; only {VECTORS} is understood"
+        )
+    return files
+
+
+def _checksum(stored_PD: Tensor, slots: Slots) -> str:
+    """A version for an adapter that has none: other content, other version."""
+    digest = hashlib.sha256(repr(slots).encode())
+    digest.update(raw_bytes(stored_PD).data)
+    return digest.hexdigest()[:VERSION_CHARS]
