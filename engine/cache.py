@@ -52,7 +52,8 @@ class RowCache:
     def append(self, encoded_BSD: Tensor, sources: list[int], capacities: list[int]) -> None:
         """Add B rows: encoder outputs, of which row b has `sources[b]` real positions.
 
-        `capacities` are the decoder positions that each may fill.
+        `capacities` are the decoder positions that each may fill. Where it raises, for want of
+        memory say, nothing was added.
         """
         begin, end = len(self), len(self) + len(sources)
         longest = max(sources)
@@ -69,6 +70,11 @@ class RowCache:
         self._sources += sources
         self._capacities += capacities
         self._filled += [0] * len(sources)
+
+    def wipe(self, row: int) -> None:
+        """Clear a row: NaN that is left behind a mask would spoil whoever comes to stand there."""
+        self._self[:, :, row] = 0
+        self._cross[:, :, row] = 0
 
     def remove(self, row: int) -> None:
         """Let a row go; the last one takes its number."""
@@ -111,13 +117,16 @@ class RowCache:
             self._self = self._cross = self._arena(0, 0)
             self._bias = self._mask(0, 0)
         old_rows, old_capacity, old_source = self._shape
+        own, cross, bias, lengths = self._self, self._cross, self._bias, self._lengths
         if (new_rows, new_capacity) != (old_rows, old_capacity):
-            self._self = _grown(self._self, self._arena(new_rows, new_capacity))
+            own = _grown(own, self._arena(new_rows, new_capacity))
         if (new_rows, new_source) != (old_rows, old_source):
-            self._cross = _grown(self._cross, self._arena(new_rows, new_source))
-            self._bias = _grown(self._bias, self._mask(new_rows, new_source))
-        if new_rows > len(self._lengths):
-            self._lengths = _grown(self._lengths, self._lengths.new_zeros(new_rows))
+            cross = _grown(cross, self._arena(new_rows, new_source))
+            bias = _grown(bias, self._mask(new_rows, new_source))
+        if new_rows > len(lengths):
+            lengths = _grown(lengths, lengths.new_zeros(new_rows))
+        # all or none: memory may have run out on the way
+        self._self, self._cross, self._bias, self._lengths = own, cross, bias, lengths
 
     @property
     def _shape(self) -> Shape:

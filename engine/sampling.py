@@ -54,8 +54,10 @@ def penalize(logits_V: Tensor, params: SamplingParams, counts: Mapping[int, int]
         by = params.repetition_penalty
         seen = torch.where(seen < 0, seen * by, seen / by)
         scores_V[ids] = seen - params.presence_penalty - params.frequency_penalty * times
-    for token_id, bias in params.logit_bias:
-        scores_V[token_id] += bias
+    if params.logit_bias:
+        biased, biases = zip(*params.logit_bias, strict=True)
+        ids = torch.tensor(biased, device=scores_V.device)
+        scores_V.index_add_(0, ids, torch.tensor(biases, device=scores_V.device).to(scores_V.dtype))
     return scores_V
 
 
@@ -86,7 +88,8 @@ def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
     """
     sorted_V, ids_V = scores_V.softmax(-1).sort(descending=True, stable=True)
     before_V = sorted_V.cumsum(-1) - sorted_V
-    return scores_V.index_fill(-1, ids_V[before_V >= top_p], -torch.inf)
+    is_out_V = (before_V >= top_p) & (before_V > 0)  # a top_p below 1e-45 is 0 in fp32
+    return scores_V.index_fill(-1, ids_V[is_out_V], -torch.inf)
 
 
 def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:

@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, Overloaded
 from engine.experts import OffloadedExperts
 from engine.model.transformer import Transformer
+from engine.pace import Pace
 from engine.planning import CACHES, MemoryPlan
 from engine.prompt import check_tokenizer
 from engine.request import Event, Failed, Finished, Request
@@ -76,7 +77,7 @@ class Ticket:
         self.submitted = perf_counter()
         self.cancelled = threading.Event()
         self._loop = loop
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._done = False
 
     def is_cancelled(self) -> bool:
@@ -97,6 +98,8 @@ class Ticket:
         if self._done:
             raise StopAsyncIteration
         event = await self._events.get()
+        if event is None:
+            raise StopAsyncIteration
         self._done = isinstance(event, Finished | Failed)
         return event
 
@@ -104,6 +107,7 @@ class Ticket:
         """Stop listening; the engine drops the request at its next step."""
         self._done = True
         self.cancelled.set()
+        self._events.put_nowait(None)  # for who waits for an event: none will come
 
 
 class Worker:
@@ -133,6 +137,7 @@ class Worker:
         self._arrived: deque[Ticket] = deque()
         self._open: set[Ticket] = set()
         self._changed = threading.Condition()
+        self._pace = Pace()
         self._counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -176,10 +181,13 @@ class Worker:
         with self._changed:
             if self.state != "ready":
                 raise EngineStopped(f"the engine is {self.state}; no request is accepted")
-            self._open = {other for other in self._open if not other.is_cancelled()}
+            self._forget_closed()
             waiting = self._num_waiting()
             if waiting >= self._max_queue:
-                raise Overloaded(f"{waiting} requests are waiting already; try again later")
+                # the first place that is free goes to the first to come: let half of them go
+                wait_s = self._pace.wait_s(-(-waiting // 2))
+                text = f"{waiting} requests are waiting already; try again later"
+                raise Overloaded(text, wait_s)
             self._arrived.append(ticket)
             self._open.add(ticket)
             self._changed.notify_all()
@@ -192,6 +200,9 @@ class Worker:
             experts = offloaded.stats if offloaded else None
             running = self._engine.running if self._engine else 0
             return EngineStats(self._num_waiting(), running, **self._counts, experts=experts)
+
+    def _forget_closed(self) -> None:
+        self._open = {ticket for ticket in self._open if not ticket.is_cancelled()}
 
     def _num_waiting(self) -> int:
         """Requests that have not been begun and that somebody waits for."""
@@ -218,24 +229,26 @@ class Worker:
             left = self._take_unfinished()
         for ticket in left:
             ticket.cancelled.set()
-            ticket.put(Failed("the server stopped before the request was finished"))
+            text = "the server stopped before the request was finished"
+            ticket.put(Failed(text, is_shutdown=True))
         return False
 
     def _run(self) -> None:
         """The engine thread. Whatever ends it, no request is left without an end."""
         try:
-            if self._start_model():
-                assert self._loaded is not None
+            self._start_model()
+            if self._loaded is not None:
                 with closing(self._loaded):
                     self._serve()
         except Exception:  # our own mistake; the thread's last chance to say so
             logger.exception("the engine thread broke")
             with self._changed:
-                self.failure, self.state = "the engine thread broke", "failed"
+                self.failure = "the engine thread broke"
+                self.state = self.phase = "failed"
         with self._changed:
             left = self._take_unfinished()
             if self.state != "failed":
-                self.state = "stopped"
+                self.state = self.phase = "stopped"
         for ticket in left:
             ticket.put(Failed("the engine ended before the request was finished"))
 
@@ -245,24 +258,24 @@ class Worker:
         self._open.clear()
         return left
 
-    def _start_model(self) -> bool:
+    def _start_model(self) -> None:
         with self._changed:
             if self.state == "draining":
-                return False
+                return
             self.state = "loading"
         try:
             self._loaded = self._load(self._report_phase)
         except (EngineError, OSError, ValueError, RuntimeError, MemoryError) as error:
             logger.error("loading %s failed: %s", self.model_name, error)  # noqa: TRY400  a user's mistake
             with self._changed:
-                self.failure, self.state = str(error), "failed"
-            return False
+                self.failure = str(error)
+                self.state = self.phase = "failed"
+            return
         with self._changed:
             if self.state != "loading":  # drained meanwhile
-                return False
+                return
             self.state = self.phase = "ready"
         logger.info("%s is ready", self.model_name)
-        return True
 
     def _report_phase(self, phase: str) -> None:
         self.phase = phase
@@ -273,6 +286,7 @@ class Worker:
         moved = (lambda: experts.stats) if experts else (lambda: None)
         limits = within_plan(self._limits, self._loaded.plan) if self._loaded.plan else self._limits
         self._engine = Engine(model, tokenizer, limits, moved)
+        self._pace.begin()
         while self._take_in(self._engine):
             for ticket, event in self._engine.turn():
                 self._tell(ticket, event)
@@ -283,24 +297,28 @@ class Worker:
             while True:
                 while self._arrived:
                     engine.add(self._arrived.popleft())
-                if engine.running or engine.num_waiting():
+                if engine.running or len(engine.scheduler):
                     return True
+                self._forget_closed()
                 if self.state != "ready":
                     return False
                 self._changed.wait()
+                self._pace.begin()
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
-        if ticket.is_cancelled():
-            return
-        if isinstance(event, Finished):
-            self._count(event)
         if isinstance(event, Finished | Failed):
             with self._changed:
+                is_open = ticket in self._open  # else `drain` has ended it
+                if ticket.is_cancelled() or not is_open:
+                    return
                 self._open.discard(ticket)
-        ticket.put(event)
+                self._pace.note_end()
+                self._count(event)
+        if not ticket.is_cancelled():
+            ticket.put(event)
 
-    def _count(self, event: Finished) -> None:
-        with self._changed:
+    def _count(self, event: Finished | Failed) -> None:
+        if isinstance(event, Finished):
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += event.prompt_tokens
             self._counts["completion_tokens"] += event.completion_tokens

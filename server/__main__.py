@@ -30,6 +30,9 @@ COMMANDS = {
     "make-random": Command("engine.cli", "make_random", "Write a model of random weights."),
     "bench": Command("engine.cli", "bench", "Measure decoding against its limits."),
     "bench-offload": Command("engine.cli_bench", "bench_offload", "Compare ways of offloading."),
+    "bench-engine": Command(
+        "engine.cli_bench", "bench_engine", "Compare our engine with transformers and CTranslate2."
+    ),
     "bench-gpu": Command("engine.cli_bench", "bench_gpu", "Measure a GPU with random weights."),
     "train": Command("training.cli", "train", "Train a model as a recipe says."),
     "eval": Command("training.cli", "compare", "Measure a model against a reference."),

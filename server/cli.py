@@ -127,6 +127,10 @@ def serve(  # noqa: PLR0913  the options are the interface
         raise typer.BadParameter("give a model directory or set INFMOE_MODEL", param_hint="MODEL")
     if not settings.model.is_dir():
         raise ConfigError(f"{settings.model} is not a directory")
+    if settings.record_routing is not None:
+        from engine.routing import check_trace_path  # not at the top: see open_engine
+
+        check_trace_path(settings.record_routing)
     configure_logging(settings.log_level)
     if not is_loopback(settings.host):
         logger.warning("listening on %s without authentication", settings.host)

@@ -12,6 +12,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from engine.errors import EngineError
+from engine.generation import require_choice
 from engine.prompt import build_request
 from engine.request import Request
 from server.errors import api_error
@@ -67,16 +68,15 @@ class Completions:
         return Response(whole.model_dump_json(), 200, headers, media_type="application/json")
 
     def _build(self, body: CompletionRequest, reply_id: str) -> list[Request]:
-        engine = self._engine
+        tokenizer, config = self._engine.tokenizer, self._engine.config
+        samples = body.samples()
         requests: list[Request] = []
         for prompt in body.prompts():
-            params = body.sampling(0)
-            first = build_request(
-                prompt, engine.tokenizer, engine.config, params, reply_id, fill=body.fill
-            )
-            for sample in range(body.n):
+            first = build_request(prompt, tokenizer, config, samples[0], reply_id, fill=body.fill)
+            require_choice(first, tokenizer, config)
+            for params in samples:
                 name = f"{reply_id}-{len(requests)}"
-                requests.append(replace(first, request_id=name, params=body.sampling(sample)))
+                requests.append(replace(first, request_id=name, params=params))
         return requests
 
     async def _submit(self, requests: list[Request]) -> list[EventStream]:

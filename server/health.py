@@ -27,12 +27,15 @@ def require_ready(engine: Engine) -> None:
 def add_health_routes(app: FastAPI, engine: Engine) -> None:
     """Serve /health, /health/live and /health/ready; none of them waits for the engine."""
 
+    @app.head("/health", include_in_schema=False)  # load balancers ask so
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health")
     @app.get("/health/live")
     async def read_live() -> dict[str, str]:
         """The process answers; it may still be loading."""
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses={503: {"description": "Loading, draining or failed"}})
     async def read_ready() -> JSONResponse:
         """The model is loaded and requests are accepted."""

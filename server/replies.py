@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.request import Event, Failed, Finished, Piece, Request
-from server.errors import ApiError
+from server.errors import ApiError, retry_headers
+from server.health import RETRY_S
 from server.logprobs import NameToken, join_logprobs, tell_logprobs
 from server.schemas import Choice, Completion, Logprobs, Timings, Usage
 
@@ -69,14 +70,17 @@ class Reply:
         """
         transcript = self._transcripts[index]
         if isinstance(event, Piece):
-            offset = transcript.num_shown
             text = transcript.add(event)
             logprobs = None
             if event.logprobs:
+                offset = transcript.num_shown - len(event.text)  # after the breaks between blanks
                 logprobs = tell_logprobs(event.logprobs, offset, self._name_token)
                 transcript.logprobs.append(logprobs)
             return self._message([Choice(index=index, text=text, logprobs=logprobs)])
         if isinstance(event, Failed):
+            if event.is_shutdown:
+                headers = retry_headers(RETRY_S)
+                raise ApiError(503, event.message, code="shutting_down", headers=headers)
             raise ApiError(500, event.message, code="engine_failure")
         if event.reason == "cancelled":
             raise ApiError(500, "the request was cancelled", code="engine_failure")

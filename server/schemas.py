@@ -1,5 +1,6 @@
 """Bodies of requests and replies as OpenAI clients send and read them, with our extensions."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -21,6 +22,7 @@ MAX_INT64 = 2**63 - 1
 OPENAI_MAX_TOKENS = 16
 MAX_NAMED_FIELDS = 20
 MAX_BIASES = 300
+MAX_PROMPTS = 2048  # more are not even counted: of a million that takes seconds of the event loop
 
 # Known fields that do not work yet, each with the values that ask for nothing. Null is always one.
 UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -57,14 +59,17 @@ def require_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(require_unicode)]
-Texts = Annotated[list[Text], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 NamedIds = Annotated[TokenIds, one_finding("takes a list of token ids")]
 Prompt = Annotated[
     Text | Texts | TokenIds | ManyTokenIds,
-    one_finding("takes a string, a list of strings, a list of token ids or a list of such lists"),
+    one_finding(
+        "takes a string, a list of strings, a list of token ids or a list of such lists; "
+        f"of prompts up to {MAX_PROMPTS}"
+    ),
 ]
 StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
@@ -130,7 +135,7 @@ class CompletionRequest(Body):
         default=1.0, gt=0, le=1, description="Share of typical tokens to keep."
     )
     repetition_penalty: float = Field(
-        default=1.0, gt=0, le=10, description="Divides the scores of tokens that occurred."
+        default=1.0, ge=0.01, le=10, description="Divides the scores of tokens that occurred."
     )
     presence_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="Taken off the score of each token that occurred."
@@ -177,8 +182,14 @@ class CompletionRequest(Body):
             return [[item for item in self.prompt if isinstance(item, int)]]
         return [item for item in self.prompt if not isinstance(item, int)]
 
-    def sampling(self, sample: int) -> SamplingParams:
-        """Parameters of one sample. Raises RequestError if they are out of bounds."""
+    def samples(self) -> list[SamplingParams]:
+        """Parameters of each sample of a prompt. Raises RequestError if they are out of bounds."""
+        first = self._sampling()  # whose lists, which may be long, all samples share
+        if self.seed is None:
+            return [first] * self.n
+        return [replace(first, seed=self.seed + sample) for sample in range(self.n)]
+
+    def _sampling(self) -> SamplingParams:
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -190,9 +201,9 @@ class CompletionRequest(Body):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
-            seed=None if self.seed is None else self.seed + sample,
-            allowed_token_ids=tuple(self.allowed_token_ids),
-            stop_token_ids=tuple(self.stop_token_ids),
+            seed=self.seed,
+            allowed_token_ids=tuple(dict.fromkeys(self.allowed_token_ids)),
+            stop_token_ids=tuple(dict.fromkeys(self.stop_token_ids)),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,

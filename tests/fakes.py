@@ -90,7 +90,7 @@ class FakeStream:
         if self._is_cut:
             self._events.clear()
             self._is_cut = False
-            return Failed("the server stopped before the request was finished")
+            return Failed("the server stopped before the request was finished", is_shutdown=True)
         if not self._events:
             raise StopAsyncIteration
         event = self._events.pop(0)

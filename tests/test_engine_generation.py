@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.errors import PromptTooLong, RequestError
-from engine.generation import Generation, generate
+from engine.generation import Generation, generate, require_choice
 from engine.prompt import BLANK, build_request, decoder_prefix
 from engine.request import Finished, Piece, SamplingParams
 from tests.tiny import MOE, byte_tokenizer, tiny_model
@@ -297,3 +297,65 @@ def test_filling_answers_every_blank_or_hits_the_limit():
         else:
             assert finished.completion_tokens == 40
     assert seen == {"stop", "length"}
+
+
+def ends_of(row):
+    """Which of the end mark and the first sentinels may come next."""
+    scores = row.ban(torch.zeros(MOE.vocab_size))
+    return [i for i in (*S, EOS) if scores[i] == 0]
+
+
+@pytest.mark.parametrize("config", [MOE, T5_STYLE])
+def test_while_filling_the_least_length_is_that_of_the_whole_request(config):
+    asked = request(f"{BLANK} {BLANK}", config, fill=True, min_tokens=4)
+    row = Generation(asked, TOKENIZER, config)
+    row.push(ids("a")[0])
+    assert ends_of(row) == [S[1]]  # the next blank may begin
+    row.push(S[1])
+    row.push(ids("a")[0])
+    assert ends_of(row) == []
+    row.push(ids("a")[0])
+    assert ends_of(row) == [S[2], EOS]
+
+
+@pytest.mark.parametrize("config", [MOE, T5_STYLE])
+def test_while_filling_ends_are_ignored_in_the_last_blank_only(config):
+    asked = request(f"{BLANK} {BLANK}", config, fill=True, ignore_eos=True)
+    row = Generation(asked, TOKENIZER, config)
+    row.push(ids("a")[0])
+    assert ends_of(row) == [S[1]]
+    row.push(S[1])
+    row.push(ids("a")[0])
+    assert ends_of(row) == []
+
+
+@pytest.mark.parametrize(
+    ("params", "fill"),
+    [
+        ({"allowed_token_ids": (0, 2)}, False),  # marks
+        ({"allowed_token_ids": (EOS,), "min_tokens": 1}, False),
+        ({"allowed_token_ids": (EOS, S[3]), "ignore_eos": True}, False),
+        ({"allowed_token_ids": (70,), "stop_token_ids": (70,), "min_tokens": 1}, False),
+        ({"allowed_token_ids": (EOS, S[1])}, True),  # no answer is empty
+        ({"stop_token_ids": tuple(range(384)), "min_tokens": 1}, False),
+    ],
+)
+def test_parameters_that_ban_every_token_are_refused(params, fill):
+    asked = request(f"a{BLANK}", fill=fill, **params)
+    field = next(iter(params))
+    with pytest.raises(RequestError, match=f"{field} leaves no token that may come") as caught:
+        require_choice(asked, TOKENIZER, MOE)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"allowed_token_ids": (EOS,)},
+        {"allowed_token_ids": (EOS, 70), "min_tokens": 5, "ignore_eos": True},
+        {"stop_token_ids": tuple(range(384))},
+    ],
+)
+def test_parameters_that_leave_a_token_are_taken(params):
+    require_choice(request(**params), TOKENIZER, MOE)

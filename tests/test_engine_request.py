@@ -21,6 +21,7 @@ from engine.request import SamplingParams
         ({"min_p": -0.1}, "min_p"),
         ({"typical_p": 0.0}, "typical_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty"),
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
         ({"logit_bias": ((-1, 0.0),)}, "logit_bias"),

@@ -50,6 +50,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     torch.testing.assert_close(got, torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.03, rtol=0)
     tiny = draw(SamplingParams(temperature=1.0, top_p=1e-9), PROBS.log(), times=50)
     assert tiny.tolist() == [1, 0, 0, 0]
+    least = draw(SamplingParams(temperature=1.0, top_p=1e-320), PROBS.log(), times=50)
+    assert least.tolist() == [1, 0, 0, 0]
 
 
 def test_banned_tokens_never_come():
@@ -207,3 +209,8 @@ def test_log_probabilities_are_those_of_the_model_and_agree_with_one_another():
     assert len(best.top) == 4
     assert best.top[0] == (2, best.logprob)  # the very same float
     assert tell_logprob(logits, 1, 0).top == ()
+
+
+def test_biases_of_one_id_add_up():
+    params = SamplingParams(logit_bias=((1, 2.0), (3, -1.5), (1, 0.5)))
+    assert penalize(torch.zeros(4), params, {}).tolist() == [0.0, 2.5, 0.0, -1.5]

@@ -1,5 +1,8 @@
 import asyncio
+import itertools
+import random
 import threading
+from collections import Counter
 from dataclasses import replace
 from time import perf_counter
 
@@ -11,6 +14,7 @@ from engine.experts import load_offloaded
 from engine.generation import generate
 from engine.prompt import build_request
 from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.scheduler import Limits
 from engine.worker import LoadedModel, Worker
 from tests.tiny import MOE, byte_tokenizer, tiny_model
 
@@ -326,7 +330,8 @@ def test_draining_that_takes_too_long_fails_what_is_left():
         return await asyncio.gather(*map(collect, streams))
 
     for events in run(scenario()):
-        assert events == [Failed("the server stopped before the request was finished")]
+        text = "the server stopped before the request was finished"
+        assert events == [Failed(text, is_shutdown=True)]
     gate.opened.set()
     wait_until(lambda: worker.state == "stopped")
 
@@ -406,3 +411,174 @@ def test_a_listener_whose_loop_is_gone_does_not_hurt_the_engine():
 
     assert isinstance(run(scenario())[-1], Finished)
     assert worker.drain(TIMEOUT_S)
+
+
+def test_closing_a_stream_wakes_who_waits_for_it():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        stream = worker.submit(request(max_tokens=2))
+        reader = asyncio.create_task(collect(stream))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        await stream.aclose()
+        return await reader
+
+    try:
+        assert run(scenario()) == []
+    finally:
+        gate.opened.set()
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_a_model_that_arrives_after_the_drain_is_closed():
+    gate, closed = threading.Event(), threading.Event()
+
+    def slow_load(report):
+        report("reading weights")
+        assert gate.wait(TIMEOUT_S)
+        return replace(load(report), close=closed.set)
+
+    worker = Worker("tiny", slow_load)
+    worker.start()
+    wait_until(lambda: worker.phase == "reading weights")
+    assert not worker.drain(0.0)
+    gate.set()
+    wait_until(lambda: worker.state == "stopped")
+    assert closed.is_set()
+    assert worker.phase == "stopped"
+
+
+def test_a_request_that_the_drain_ended_is_not_counted_as_finished():
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        stream = worker.submit(request(max_tokens=1))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        assert not await asyncio.to_thread(worker.drain, 0.0)
+        gate.opened.set()
+        await asyncio.to_thread(wait_until, lambda: worker.state == "stopped")
+        return await collect(stream)
+
+    assert [type(event) for event in run(scenario())] == [Failed]
+    assert worker.stats().requests == 0
+
+
+def test_the_wait_that_is_told_follows_the_pace():
+    gate = Gate()
+    worker = Worker("tiny", gate.load, max_queue=4)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def refused():
+        with pytest.raises(Overloaded) as caught:
+            worker.submit(request())
+        return caught.value.retry_after_s
+
+    async def scenario():
+        gate.opened.set()
+        await collect(worker.submit(request(max_tokens=1)))  # the kernels are warm
+        began = perf_counter()
+        for _ in range(32):
+            await collect(worker.submit(request(max_tokens=1)))
+        pace_s = (perf_counter() - began) / 32
+        gate.reached.clear()
+        gate.opened.clear()
+        running = worker.submit(request(max_tokens=1))
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        waiting = [worker.submit(request(max_tokens=1)) for _ in range(4)]
+        wait_s = await refused()
+        gate.opened.set()
+        await asyncio.gather(*map(collect, [running, *waiting]))
+        return wait_s, pace_s
+
+    wait_s, pace_s = run(scenario())
+    assert 0 < wait_s <= 2 * pace_s * 1.5  # half of those that wait
+    assert worker.drain(TIMEOUT_S)
+
+
+def submit_unless_full(worker, asked):
+    try:
+        return worker.submit(asked)
+    except Overloaded:
+        return None
+
+
+async def serve_some(worker, number, ends):
+    """Send requests one after the other; some are closed before, some while they are served."""
+    draw = random.Random(number)
+    for index in range(150):
+        asked = request(
+            "a" * draw.randint(1, 30),
+            f"{number}-{index}",
+            max_tokens=draw.randint(1, 4),
+            temperature=draw.choice([0.0, 1.5]),
+            seed=index,
+            stop=draw.choice([(), ("b", "ab")]),
+        )
+        while (stream := submit_unless_full(worker, asked)) is None:
+            ends["refused"] += 1
+            await asyncio.sleep(0.001)
+        patience = draw.choice([0, 1, 2, 99, 99, 99])  # events
+        events = []
+        while len(events) < patience and (event := await anext(stream, None)) is not None:
+            events.append(event)
+        await stream.aclose()
+        assert await collect(stream) == []
+        last = [isinstance(event, Finished | Failed) for event in events]
+        assert sum(last) == sum(last[-1:])  # nothing after an end
+        is_cancelled = not any(last)
+        assert not is_cancelled or len(events) == patience
+        ends["cancelled" if is_cancelled else type(events[-1]).__name__] += 1
+
+
+@pytest.mark.slow  # 3,000 requests
+def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind():
+    turns = itertools.count(1)
+
+    def load_brittle(report):
+        loaded = load(report)
+        model, cross = loaded.model, loaded.model.decoder.blocks()[0].cross_attention
+        for part, name, often in (
+            (model, "encode_layers", 41),
+            (model, "step", 97),
+            (cross, "project", 53),
+        ):
+            setattr(part, name, brittle(getattr(part, name), often))
+        return loaded
+
+    def brittle(call, often):
+        def sometimes(*args):
+            if next(turns) % often == 0:
+                raise MemoryError
+            return call(*args)
+
+        return sometimes
+
+    threads = threading.active_count()
+    worker = Worker("tiny", load_brittle, max_queue=8, limits=Limits(max_rows=8, window_s=0.001))
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+    ends = Counter()
+
+    async def scenario():
+        await asyncio.gather(*(serve_some(worker, number, ends) for number in range(20)))
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+    wait_until(lambda: not worker._open)
+    assert ends.total() - ends["refused"] == 3000
+    assert ends["Finished"] > 800
+    assert min(ends["cancelled"], ends["refused"], ends["Failed"]) > 0
+    stats, engine = worker.stats(), worker._engine
+    assert (stats.queued, stats.running) == (0, 0)
+    assert stats.requests >= ends["Finished"]
+    assert not engine._jobs
+    assert not len(engine.scheduler)
+    assert len(engine._batch._cache) == 0
+    assert worker.drain(TIMEOUT_S)
+    assert threading.active_count() == threads

@@ -17,7 +17,7 @@ from offload.pipeline import PipelineStats
 from server.app import create_app
 from server.logprobs import tell_logprobs
 from server.replies import Transcript
-from server.schemas import OPENAI_MAX_TOKENS, UNSUPPORTED, CompletionRequest
+from server.schemas import MAX_PROMPTS, OPENAI_MAX_TOKENS, UNSUPPORTED, CompletionRequest
 from server.settings import Settings
 from tests.fakes import HOLD, FakeEngine, finished, hello, live_server
 
@@ -158,7 +158,7 @@ def test_null_means_absent(name):
         ("ignore_eos", 1),
         *(("min_p", value) for value in (-0.1, 1.1, "0")),
         *(("typical_p", value) for value in (0, 1.1)),
-        *(("repetition_penalty", value) for value in (0, -1, 11)),
+        *(("repetition_penalty", value) for value in (0, -1, 1e-50, 11)),
         *(("presence_penalty", value) for value in (-2.1, 2.1)),
         *(("frequency_penalty", value) for value in (-2.1, 2.1)),
         *(("logit_bias", value) for value in ([], {"x": 1}, {"-1": 1}, {"1": 101}, {"1": "1"})),
@@ -536,3 +536,62 @@ def test_openai_client_failure_in_a_stream():
         pytest.raises(openai.APIError, match="out of memory"),
     ):
         list(stream)
+
+
+def test_what_a_shutdown_cut_short_may_be_tried_again():
+    engine = FakeEngine(lambda request: [Failed("the server stopped", is_shutdown=True)])
+    response = post(engine, {"prompt": "a"})
+    error = error_of(response, 503)
+    assert (error["code"], error["message"]) == ("shutting_down", "the server stopped")
+    assert int(response.headers["retry-after"]) >= 1
+    (last,) = events_of(post(engine, {"prompt": "a", "stream": True}).text)
+    assert last == {"error": error}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"allowed_token_ids": [0]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "ignore_eos": True}, "allowed_token_ids"),
+        ({"stop_token_ids": list(range(384)), "min_tokens": 1}, "stop_token_ids"),
+    ],
+)
+def test_parameters_that_ban_every_token(body, field):
+    engine = FakeEngine()
+    error = error_of(post(engine, {"prompt": "a", **body}), 400)
+    assert (error["param"], error["code"]) == (field, "invalid_value")
+    assert "leaves no token" in error["message"]
+    assert engine.submitted == []
+
+
+def test_samples_share_their_lists_and_no_id_is_kept_twice():
+    engine = FakeEngine()
+    post(engine, {"prompt": "a", "n": 3, "seed": 1, "stop_token_ids": [7, 8, 7] * 1000})
+    kept = [request.params.stop_token_ids for request in engine.submitted]
+    assert kept[0] == (7, 8)
+    assert kept[1] is kept[2] is kept[0]
+
+
+@pytest.mark.parametrize("prompt", ["a", [5]])
+def test_prompts_that_nobody_will_count(prompt):
+    error = error_of(post(FakeEngine(), {"prompt": [prompt] * (MAX_PROMPTS + 1)}), 400)
+    assert error["param"] == "prompt"
+    assert f"of prompts up to {MAX_PROMPTS}" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_later_blank_begin_after_the_break(stream):
+    def script(request):
+        a, b = (Piece(c, (70,), i, (TokenLogprob(70, -1.0, ()),)) for i, c in enumerate("ab"))
+        return [a, b, finished(request)]
+
+    body = {"prompt": "<span> <span>", "fill": True, "logprobs": 0, "stream": stream}
+    response = post(FakeEngine(script), body)
+    if stream:
+        told = [event["choices"][0]["logprobs"] for event in events_of(response.text)[:2]]
+        assert [offset for part in told for offset in part["text_offset"]] == [0, 2]
+    else:
+        (choice,) = response.json()["choices"]
+        assert choice["text"] == "a\nb"
+        assert choice["logprobs"]["text_offset"] == [0, 2]

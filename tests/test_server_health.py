@@ -192,3 +192,11 @@ def test_one_log_line_without_content(caplog):
     assert re.fullmatch(pattern, first)
     assert re.fullmatch(r"GET unmatched 404 ms=[\d.]+ id=req-\w+ error=not_found", second)
     assert "private" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+def test_probes_that_want_no_body(path):
+    response = client_of(FakeEngine()).head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    loading = client_of(in_state("loading")).head(path)
+    assert loading.status_code == (503 if path == "/health/ready" else 200)
