@@ -142,7 +142,7 @@ def _below_mount(mounts: str, kind: str, path: str, version: int) -> Place | Non
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         root, mount = left.split()[3:5]
-        found, _, options = right.split(maxsplit=2)
+        found, _, options = right.split(" ", 2)  # the middle one, a source, may be empty
         is_memory = version == 2 or "memory" in options.split(",")
         if found == kind and is_memory and Path(path).is_relative_to(root):
             return Place(Path(mount) / Path(path).relative_to(root), version)

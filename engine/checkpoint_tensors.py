@@ -21,6 +21,7 @@ from offload.layout import BlobLayout
 
 Shape = tuple[int, ...]
 
+MAPPED_BYTES = 64 * 2**20  # of a file that stay mapped once they have been read, at most
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPE_NAMES = {
@@ -134,7 +135,8 @@ class TensorFiles:
 
     def __init__(self, paths: Mapping[str, Path], handles: Mapping[Path, _Handle]) -> None:
         self._paths = paths
-        self._handles = handles
+        self._handles = dict(handles)
+        self._touched: dict[Path, int] = {}  # bytes read through the present mapping
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -166,7 +168,14 @@ class TensorFiles:
         """Read a tensor into memory of its own (safetensors hands out views of the mapped file)."""
         path = self._paths[name]
         with translated(path, "read"):
-            return self._handles[path].get_tensor(name).clone()
+            tensor = self._handles[path].get_tensor(name).clone()
+        self._touched[path] = self._touched.get(path, 0) + tensor.nbytes
+        if (
+            self._touched[path] > MAPPED_BYTES
+        ):  # pages that were read count as memory until unmapped
+            self._handles[path] = _open(path)
+            self._touched[path] = 0
+        return tensor
 
     def _slice(self, name: str) -> _Slice:
         return self._handles[self._paths[name]].get_slice(name)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -53,7 +54,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request, check_tokenizer
     from engine.request import SamplingParams
-    from engine.routing import record_routing as record
+    from engine.routing import check_trace_path, recorded
     from engine.tokenizer import open_tokenizer
     from engine.units import parse_bytes
 
@@ -65,6 +66,8 @@ def generate(  # noqa: PLR0913  the options are the interface
         seed=seed,
         stop=tuple(stop or ()),
     )
+    if record_routing is not None:
+        check_trace_path(record_routing)
     config = read_storage(model).config
     tokenizer = open_tokenizer(model, config.tokenizer)
     check_tokenizer(tokenizer, config)
@@ -82,18 +85,15 @@ def generate(  # noqa: PLR0913  the options are the interface
             target_tokens=max_tokens + PREFIX_TOKENS,
         ),
     )
-    recorder = record(loaded.model) if record_routing else None
-    if beams > 1:
-        search = BeamParams(num_beams=beams, length_penalty=length_penalty)
-        best = beam_search(loaded.model, tokenizer, request, search)[0]
-        typer.echo(answer_text(request, tokenizer, config, best))
-    else:
-        print_pieces(run(loaded.model, tokenizer, request))
-    if loaded.experts is not None:
-        typer.echo(loaded.experts.summary(), err=True)
-    loaded.close()
-    if recorder and record_routing:
-        recorder.save(record_routing)
+    with closing(loaded), recorded(loaded.model, record_routing):
+        if beams > 1:
+            search = BeamParams(num_beams=beams, length_penalty=length_penalty)
+            best = beam_search(loaded.model, tokenizer, request, search)[0]
+            typer.echo(answer_text(request, tokenizer, config, best))
+        else:
+            print_pieces(run(loaded.model, tokenizer, request))
+        if loaded.experts is not None:
+            typer.echo(loaded.experts.summary(), err=True)
 
 
 def print_pieces(events: "Iterable[Event]") -> None:

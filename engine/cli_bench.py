@@ -1,4 +1,4 @@
-"""The commands `infmoe bench-offload` and `bench-gpu`."""
+"""The commands `infmoe bench-offload`, `bench-engine` and `bench-gpu`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,6 +47,49 @@ def bench_offload(
             decode_tokens=decode_tokens,
             rows=rows,
             skip=tuple(skip or ()),
+        )
+        print_report(run_bench(settings))
+
+
+def bench_engine(
+    work: Annotated[
+        Path | None, typer.Option(help="Folder to keep the models in for next time.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Measure tiny or mid only; may repeat.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out a contender, as ours-fp32; may repeat.")
+    ] = None,
+    source_tokens: Annotated[int, typer.Option(min=1, help="Encoder length.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=2, help="Tokens to make of each text.")] = 24,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of every contender. Default: torch's.")
+    ] = None,
+) -> None:
+    """Compare our engine with transformers and CTranslate2 on a tiny and a mid-size T5."""
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    import torch
+
+    from engine.bench_engine import Settings, run_bench
+    from engine.bench_engine_model import SIZES
+    from engine.bench_engine_report import print_report
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        if work is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="infmoe-bench-")))
+        else:
+            folder = work
+        settings = Settings(
+            folder=folder,
+            sizes=tuple(size or SIZES),
+            skip=tuple(skip or ()),
+            source_tokens=source_tokens,
+            decode_tokens=decode_tokens,
         )
         print_report(run_bench(settings))
 

@@ -112,7 +112,7 @@ def read_plan(path: Path, speeds: Mapping[str, float]) -> FoundPlan:
         num_host = len(plan.host) + max(spare, 0) // plan.slot_bytes
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: is not what `infmoe plan --json` prints: {error!r}") from error
     return FoundPlan(plan, machine, num_host if machine.link is not None else 0)
 
@@ -154,6 +154,8 @@ def read_machine(
         - predicted[stack]["wanted_experts"] * plan.slot_bytes
         for stack in ("step", "sweep")
     }
+    if min(dense.values()) < 0:
+        raise ValueError("a pass reads less than its experts")
     return Machine(
         disk=known["disk"],
         memory=known["memory"],
@@ -247,6 +249,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         return f"{value:.1%}"
 
     def number(value: Any) -> str:
+        value = max(value, 0.0)  # a difference of equal sums may be a hair below
         return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
     columns: dict[str, tuple[str, int, Callable[[Any], str]]] = {
@@ -260,8 +263,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         "sweep_hit_rate": ("sweep", 8, share),
         "tokens_per_s": ("tok/s", 9, number),
         "roofline_share": ("roofline", 9, share),
-        "sweep_s": ("sweep s", 9, number),
-        "stall_s": ("stall s", 9, number),
+        "sweep_s": ("sweep s", 11, number),
+        "stall_s": ("stall s", 11, number),
         "disk_bytes": ("disk", 12, format_bytes),
         "link_bytes": ("link", 12, format_bytes),
         "prefetched": ("fetched", 9, str),

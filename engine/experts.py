@@ -137,15 +137,16 @@ def open_offloaded(
     on_preload: OnPreload | None = None,
     *,
     host_bytes: int = 0,
+    rows: int = 1,
     make_device: Callable[[int, int], Device] = open_host_device,
 ) -> OffloadedExperts:
-    """Plan budgets for the experts of a native directory, allocate them, and read what stays.
+    """Plan budgets for a native directory's experts and `rows` at once, allocate, read what stays.
 
     `budget_bytes` are for the slots of the device, which `make_device` makes of the bytes of a slot
     and their number; `host_bytes` for experts that wait in host memory beside them. `on_preload` is
     given the experts read so far and their number.
-    Raises ConfigError if the model is dense, the budget too small or `dtype` not the stored one,
-    CheckpointError if a store is missing or damaged.
+    Raises ConfigError if the model is dense, the budget too small, the memory not to be had or
+    `dtype` not the stored one, CheckpointError if a store is missing or damaged.
     """
     if not config.moe_layers():
         raise ConfigError(f"{directory}: is a dense model; it has no experts to offload")
@@ -158,13 +159,16 @@ def open_offloaded(
         try:
             layers = config.moe_layers()
             plan = plan_experts(
-                layout.blob_bytes, layers, config.num_experts, budget_bytes, host_bytes
+                layout.blob_bytes, layers, config.num_experts, budget_bytes, host_bytes, rows
             )
         except BudgetTooSmall as error:
             raise ConfigError(f"{directory}: {error}") from error
-        device = make_device(plan.slot_bytes, plan.num_slots)
-        opened.callback(device.close)
-        experts = _preload(stores, plan, device, on_preload)
+        try:
+            device = make_device(plan.slot_bytes, plan.num_slots)
+            opened.callback(device.close)
+            experts = _preload(stores, plan, device, on_preload)
+        except MemoryError as error:
+            raise ConfigError(f"{directory}: no memory for experts: {error}") from error
         opened.pop_all()
     for fallback in experts.fallbacks:
         logger.warning("%s: %s", directory, fallback)
@@ -219,6 +223,7 @@ def load_offloaded(
     on_preload: OnPreload | None = None,
     *,
     host_bytes: int = 0,
+    rows: int = 1,
     device: str = "cpu",
 ) -> tuple[Transformer, OffloadedExperts]:
     """Build the model of a native directory with its experts offloaded; dtype None: as stored.
@@ -235,6 +240,7 @@ def load_offloaded(
         budget_bytes,
         on_preload,
         host_bytes=host_bytes,
+        rows=rows,
         make_device=open_host_device if device == "cpu" else _open_cuda,
     )
     try:

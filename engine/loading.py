@@ -31,10 +31,13 @@ from engine.planning import (
 )
 from engine.quantize import check_sizes
 from offload.cuda import missing_for_cuda
-from offload.layout import QUANTIZATIONS, Quantization
+from offload.layout import QUANTIZATIONS, Quantization, round_up
 
 logger = logging.getLogger(__name__)
 
+# What a process has varies by pages from run to run: without steps, a budget of the bytes that a
+# refusal asked for is refused once more.
+OWN_STEP_BYTES = 16 * 2**20
 CONVERT = "run `infmoe convert` and load the result, whose experts can be offloaded"
 CONVERT_DTYPE = "run `infmoe convert --dtype`: stored in another dtype, experts are not offloaded"
 
@@ -178,7 +181,7 @@ def process_bytes(host: HostMemory, *, on_gpu: bool) -> int:
     """What this process takes beside the model: what it has, and what its libraries will take."""
     is_cuda_open = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
     cuda = CUDA_HOST_BYTES if on_gpu and not is_cuda_open else 0
-    return host.own_bytes + RUNTIME_BYTES + cuda
+    return round_up(host.own_bytes, OWN_STEP_BYTES) + RUNTIME_BYTES + cuda
 
 
 def load_within(
@@ -215,10 +218,13 @@ def load_planned(path: Path, plan: MemoryPlan, on_phase: Callable[[str], None]) 
     if plan.experts is None or not plan.is_offloaded:
         model = load_any(path, dtype)
         return Loaded(model.to("cuda") if on_gpu else model, None, plan)
-    slots = plan.experts.arena_bytes
-    if on_gpu:
-        waiting = plan.experts.host_bytes
-        loaded = load_offloaded(path, dtype, slots, report, host_bytes=waiting, device="cuda")
-    else:
-        loaded = load_offloaded(path, dtype, slots, report)
+    loaded = load_offloaded(
+        path,
+        dtype,
+        plan.experts.arena_bytes,
+        report,
+        host_bytes=plan.experts.host_bytes,
+        rows=plan.workload.rows,
+        device="cuda" if on_gpu else "cpu",
+    )
     return Loaded(*loaded, plan)

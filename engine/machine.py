@@ -200,7 +200,12 @@ def file_system(path: Path) -> str:
 def cache_folder() -> Path:
     """Where measurements are kept."""
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "infmoe"
+    if home:
+        return Path(home) / "infmoe"
+    try:
+        return Path.home() / ".cache/infmoe"
+    except RuntimeError:  # neither HOME nor an entry in the list of users, as in some containers
+        return Path(tempfile.gettempdir()) / f"infmoe-{os.getuid()}"
 
 
 def cache_file(folder: Path, facts: Mapping[str, object]) -> Path:

@@ -235,6 +235,7 @@ def plan_memory(
         storage.config.num_experts,
         left[budgets.compute_place],
         left["host"] if budgets.gpu_bytes is not None else 0,
+        rows=workload.rows,
     )
     return _make_plan(storage, workload, budgets, fixed, experts)
 

@@ -4,7 +4,9 @@ Shape letters: N tokens, D model width, E experts.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,15 @@ logger = logging.getLogger(__name__)
 # Computed layers: of 24, some 16,000 tokens of decoding. Each takes 26 bytes, 6 for each expert
 # that it wants and 2 for each that was guessed: 110 MiB if that always are 32.
 MAX_RECORDS = 400_000
+
+
+def check_trace_path(path: Path) -> None:
+    """Raise ConfigError unless a trace can be written there: at the start, not after hours."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"{path}: the routing cannot be written there; name a file in a folder that exists and "
+            "can be written"
+        )
 
 
 class _Asked(NamedTuple):
@@ -171,3 +182,16 @@ def record_routing(model: Transformer, max_records: int = MAX_RECORDS) -> Record
     recorder = RecordingExperts(model.experts, model.moe_layers(), max_records)
     model.experts = recorder.train(model.training)
     return recorder
+
+
+@contextmanager
+def recorded(model: Transformer, path: Path | None) -> Iterator[None]:
+    """Record the routing of what is computed meanwhile, and write it at the end, come what may."""
+    if path is None:
+        yield
+        return
+    recorder = record_routing(model)
+    try:
+        yield
+    finally:
+        recorder.save(path)

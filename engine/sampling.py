@@ -28,10 +28,11 @@ def choose_token(
     Raises EngineError if the best score is not finite: the model overflowed, or all is banned.
     """
     scores_V = penalize(logits_V, params, counts or {})
-    if not scores_V.max().isfinite():  # of NaN, max and argmax alike take the NaN
+    best = scores_V.max(-1)  # of NaN it takes the NaN, of a tie the first
+    if not best.values.isfinite():
         raise EngineError("the model gave scores that are not finite")
     if params.temperature == 0:
-        return int(scores_V.argmax())
+        return int(best.indices)
     probs_V = filter_scores(scores_V.float(), params).softmax(-1)
     return int(torch.multinomial(probs_V, 1, generator=generator))
 

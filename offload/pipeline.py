@@ -98,7 +98,7 @@ class ExpertPipeline:
             for key in self._plan.pinned:
                 slot = self._table.take(key, "pinned")
                 assert slot is not None
-                arriving[key] = self._device.read(slot, partial(self._read, key))
+                arriving[key] = self._fill(key, slot)
             for done, key in enumerate(self._plan.pinned, 1):
                 arriving[key].wait()
                 del arriving[key]
@@ -125,13 +125,13 @@ class ExpertPipeline:
         try:
             while hits or arriving or misses:
                 self._begin(misses, arriving, must=not hits)
-                key = self._lend(hits.popleft()) if hits else self._land_next(arriving)
+                key = self._next_hit(hits) if hits else self._land_next(arriving)
                 lent = key
+                blob = self._device.view(self._table.slot(key))
                 if guess is not None and not misses and not arriving:
                     self._fetch_ahead(guess)
                     guess = None
-                slot = self._table.slot(key)
-                yield key.expert, self._device.view(slot)
+                yield key.expert, blob
                 lent = None
                 self._return(key)
         finally:
@@ -173,12 +173,13 @@ class ExpertPipeline:
                 self._table.release(key)
                 self._count_load(key)
 
-    def _lend(self, key: Key) -> Key:
-        """Make sure that a resident which came on a guess can be computed with."""
-        arrival = self._landed.pop(key, None)
+    def _next_hit(self, hits: deque[Key]) -> Key:
+        """The next resident; one that came on a guess, once it can be computed with."""
+        arrival = self._landed.get(hits[0])
         if arrival is not None:
             arrival.wait()
-        return key
+            del self._landed[hits[0]]
+        return hits.popleft()
 
     def _begin(self, misses: deque[Key], arriving: dict[Key, Arrival], *, must: bool) -> None:
         """Start to fetch misses while there are slots; at least one if nothing else can go on."""
@@ -198,17 +199,19 @@ class ExpertPipeline:
             return
         keys = [Key(guess.layer, expert) for expert in guess.experts]
         there = [key for key in keys if self._table.hold(key)]  # they must not make room
-        for key in keys:
-            if key in self._table:
-                continue
-            slot = self._take(key)
-            if slot is None:
-                break
-            self._coming[key] = self._fill(key, slot)
-            self._unproven.add(key)
-            self._count(prefetched=1)
-        for key in there:
-            self._table.release(key)
+        try:
+            for key in keys:
+                if key in self._table:
+                    continue
+                slot = self._take(key)
+                if slot is None:
+                    break
+                self._coming[key] = self._fill(key, slot)
+                self._unproven.add(key)
+                self._count(prefetched=1)
+        finally:
+            for key in there:
+                self._table.release(key)
 
     def _absent(self, guess: Guess) -> list[int]:
         """What would have to be fetched for a guess: only that can be worth it or not."""
@@ -222,14 +225,22 @@ class ExpertPipeline:
                 self._table.give_back(slot, zone)
             else:
                 self._ending.append((slot, zone, arrival))
-        self._landed.pop(key, None)  # of an earlier stay
-        return self._table.take(key, self._plan.zone(key.layer))
+        taken = self._table.take(key, self._plan.zone(key.layer))
+        for evicted in [other for other in self._landed if other not in self._table]:
+            del self._landed[evicted]
+        return taken
 
     def _fill(self, key: Key, slot: int) -> Arrival:
+        """Begin to fill a slot; if that cannot begin, the slot is free and the expert not there."""
         source = self._bank.get(key) if self._bank else None
-        if source is not None:
-            return self._device.copy(slot, source)
-        return self._device.read(slot, partial(self._read, key))
+        try:
+            if source is not None:
+                return self._device.copy(slot, source)
+            return self._device.read(slot, partial(self._read, key))
+        except BaseException:
+            zone = self._table.zone(key)
+            self._table.give_back(self._table.detach(key), zone)
+            raise
 
     def _land_next(self, arriving: dict[Key, Arrival]) -> Key:
         """Wait for an expert, one that is there already if any is."""

@@ -264,17 +264,24 @@ def policy_plans(plan: ExpertPlan, num_host: int | None = None) -> dict[str, Exp
         num_decode=plan.num_decode + num_decoder,
         num_sweep=plan.num_sweep + len(plan.pinned) - num_decoder,
     )
-    pinned = replace(
-        plan,
-        num_decode=min(plan.num_decode, MIN_STREAMING),
-        num_sweep=min(plan.num_sweep, MIN_STREAMING),
-    )
-    num_pinned = plan.num_slots - pinned.num_decode - pinned.num_sweep
+    decode, sweep = _least_streaming(plan)
+    pinned = replace(plan, num_decode=decode, num_sweep=sweep)
     return {
         "pinned+lru": plan,
         "lru": _with_pins(lru, 0, num_host),
-        "pinned": _with_pins(pinned, num_pinned, num_host),
+        "pinned": _with_pins(pinned, plan.num_slots - decode - sweep, num_host),
     }
+
+
+def _least_streaming(plan: ExpertPlan) -> tuple[int, int]:
+    """The fewest slots for decoding and for the sweep; a decoder that is pinned whole needs none.
+
+    It may be so here and not in the plan, which gives more slots to the sweep.
+    """
+    decode, sweep = (min(count, MIN_STREAMING) for count in (plan.num_decode, plan.num_sweep))
+    num_layers = sum(phase_of(layer) == "decode" for layer in plan.layers)
+    is_whole = plan.num_slots - sweep >= num_layers * plan.experts_per_layer
+    return (0 if sweep and is_whole else decode), sweep
 
 
 def _with_pins(plan: ExpertPlan, num_pinned: int, num_host: int) -> ExpertPlan:

@@ -45,6 +45,7 @@ class StoreWriter:
     def __init__(self, file: int, path: Path, layer: str, layout: BlobLayout, num_experts: int):
         self._file = file
         self._path = path
+        self._is_in_place = False
         self._layer = layer
         self.layout = layout
         self._checksums: list[int | None] = [None] * num_experts
@@ -91,9 +92,10 @@ class StoreWriter:
         try:
             os.ftruncate(self._file, self._data_start + len(checksums) * self.layout.blob_bytes)
             os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+            file, self._file = self._file, -1
+            os.close(file)
             _temporary(self._path).replace(self._path)
+            self._is_in_place = True
             _sync_directory(self._path.parent)
         except OSError as error:
             raise StoreError(f"{self._path}: cannot be written: {error.strerror}") from error
@@ -118,6 +120,7 @@ class StoreWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+        if not self._is_in_place:
             _temporary(self._path).unlink(missing_ok=True)
 
 
@@ -160,6 +163,7 @@ class ExpertStore:
         self._checksums = checksums
         self._data_start = start
         self._is_verified = bytearray(len(checksums))
+        self._stamp: tuple[int, int] | None = None  # of the file, when something was read last
         self.path = path
         self.layer = layer
         self.layout = layout
@@ -179,8 +183,8 @@ class ExpertStore:
     ) -> Bytes:
         """Read the blob of an expert, into `out` (blob_bytes,) if given. Returns the filled buffer.
 
-        The checksum is verified the first time that an expert is read. `is_cancelled` is asked
-        before each chunk of 8 MiB.
+        The checksum is verified the first time that an expert is read, and once more if the file
+        has been written to since. `is_cancelled` is asked before each chunk of 8 MiB.
         Raises StoreError if the blob is damaged, or the file has shrunk or cannot be read,
         ReadCancelled if `is_cancelled` says so; then `out` holds nothing of use.
         """
@@ -190,7 +194,8 @@ class ExpertStore:
         is_row = out.shape == (self.layout.blob_bytes,) and out.flags.c_contiguous
         if out.dtype != np.uint8 or not is_row:
             raise ValueError(f"out is no uint8 buffer of {self.layout.blob_bytes} contiguous bytes")
-        is_new, checksum = not self._is_verified[expert], 0
+        is_verified = self._verified_so_far(expert)
+        is_new, checksum = not is_verified[expert], 0
         for begin in range(0, len(out), CHUNK_BYTES):
             if is_cancelled is not None and is_cancelled():
                 raise ReadCancelled(f"{self._at(expert)}: the read was cancelled")
@@ -200,7 +205,7 @@ class ExpertStore:
                 checksum = crc32(chunk.data, checksum)
         if is_new:
             self._compare(expert, checksum)
-            self._is_verified[expert] = True
+            is_verified[expert] = True
         return out
 
     def bypass_cache(self) -> None:
@@ -213,6 +218,18 @@ class ExpertStore:
     def is_direct(self) -> bool:
         """Whether aligned reads go directly from the disk to the buffer."""
         return self._direct >= 0
+
+    def _verified_so_far(self, expert: int) -> bytearray:
+        """Which experts need no checksum; none at first, and after a change of the file."""
+        try:
+            found = os.fstat(self._file)
+        except OSError as error:
+            raise StoreError(f"{self._at(expert)}: cannot be read: {error.strerror}") from error
+        stamp = found.st_mtime_ns, found.st_size
+        if stamp != self._stamp:  # a new table: reads under way go on to note theirs in the old one
+            self._is_verified = bytearray(self.num_experts)
+            self._stamp = stamp  # last: who sees it must see the new table
+        return self._is_verified
 
     def _read_chunk(self, expert: int, start: int, chunk: Bytes) -> None:
         """Fill `chunk` from byte `start` on. Raises StoreError if the file ends before."""

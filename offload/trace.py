@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 from zipfile import BadZipFile, is_zipfile
 
@@ -156,8 +157,10 @@ def load_trace(path: Path) -> RoutingTrace:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (ValueError, BadZipFile, zlib.error, struct.error, *FOREIGN) as error:
+        except (ValueError, BadZipFile, zlib.error, struct.error, TokenError, *FOREIGN) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
+    if wrong := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
+        raise ValueError(f"{path}: {wrong[0]} is no array")  # numpy gives the bytes of such a part
     try:
         return _from_arrays(arrays)
     except ValueError as error:

@@ -49,9 +49,14 @@ def _expert_counts(stats: ExpertStats | None) -> dict[str, float] | None:
     return {
         "hits": stats.hits,
         "misses": stats.misses,
+        "host_loads": stats.host_loads,
         "evictions": stats.evictions,
         "read_bytes": stats.read_bytes,
+        "copied_bytes": stats.copied_bytes,
         "stall_s": stats.stall_s,
+        "prefetched": stats.prefetched,
+        "prefetch_used": stats.prefetch_used,
+        "prefetch_wasted": stats.prefetch_wasted,
     }
 
 

@@ -78,9 +78,17 @@ class ExpertCollector(Collector):
             return
         counts = {
             "infmoe_expert_hits": ("Wanted experts found in memory", stats.hits),
-            "infmoe_expert_misses": ("Wanted experts read from disk", stats.misses),
+            "infmoe_expert_misses": ("Wanted experts that were not in a slot", stats.misses),
+            "infmoe_expert_host_loads": ("Misses found in host memory", stats.host_loads),
             "infmoe_expert_evictions": ("Experts that made room", stats.evictions),
             "infmoe_expert_read_bytes": ("Bytes of experts read from disk", stats.read_bytes),
+            "infmoe_expert_copied_bytes": (
+                "Bytes of experts copied from host memory",
+                stats.copied_bytes,
+            ),
+            "infmoe_expert_prefetched": ("Experts fetched on a guess", stats.prefetched),
+            "infmoe_expert_prefetch_used": ("Guesses that were right", stats.prefetch_used),
+            "infmoe_expert_prefetch_wasted": ("Guesses that were wrong", stats.prefetch_wasted),
             "infmoe_expert_stall_seconds": ("Time spent waiting for experts", stats.stall_s),
         }
         for name, (text, value) in counts.items():

@@ -80,7 +80,7 @@ def lends_every_wanted_expert(rig: Rig, steps, budget: int, num_host: int) -> No
     """Whatever is asked for in whatever order, computations find the right bytes."""
     plan = make_plan(rig.slot_bytes, budget, num_host)
     pipeline = open_pipeline(rig, plan)
-    pipeline.lookahead = Trusting()
+    pipeline.lookahead = Trusting(rig.device.trust)
     total = 0
     for layer, wanted, guess in steps:
         order = borrow(rig, pipeline, layer, wanted, guess and Guess(*guess))
@@ -138,7 +138,7 @@ def an_error_in_the_loop_body_leaves_nothing_held(rig: Rig) -> None:
 
 def a_wrong_guess_is_given_up_and_never_taken_for_an_expert(rig: Rig, num_host: int) -> None:
     pipeline = open_pipeline(rig, make_plan(rig.slot_bytes, 3, num_host))
-    pipeline.lookahead = Trusting()
+    pipeline.lookahead = Trusting(rig.device.trust)
     for wrong, right in ((3, 2), (5, 3), (6, 5)):
         borrow(rig, pipeline, "decoder-0", [0], Guess("decoder-1", [wrong]))
         assert borrow(rig, pipeline, "decoder-1", [right]) == [right]

@@ -320,6 +320,7 @@ def test_a_child_that_is_killed_at_the_limit_is_told(folder):
 
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+NAMELESS = "63 43 0:39 / /tmp/x rw,relatime - tmpfs  rw\n"  # mount -t tmpfs "" /tmp/x
 PARTS = "40 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
 
 
@@ -330,6 +331,7 @@ PARTS = "40 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memo
         ("3:cpu:/\n0::/user.slice/x\n", V2, ("/sys/fs/cgroup/user.slice/x", 2)),
         ("4:cpu,memory:/docker/abc\n", PARTS, ("/sys/fs/cgroup/memory", 1)),
         ("4:memory:/elsewhere\n", PARTS, None),
+        ("0::/x\n", NAMELESS + V2, ("/sys/fs/cgroup/x", 2)),
         ("4:memory:/a\n", V2, None),
         ("1:cpu:/\n", V1, None),
     ],

@@ -20,11 +20,13 @@ from engine.checkpoint import (
     save_state,
 )
 from engine.checkpoint_lock import LOCK, lock_directory
+from engine.checkpoint_tensors import MAPPED_BYTES
 from engine.checkpoint_writer import open_writer
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.moe import ResidentExperts
 from engine.model.transformer import Transformer, initialize
+from engine.random_model import write_random_model
 from offload.layout import make_layout
 from offload.store import create_store
 
@@ -582,3 +584,25 @@ def test_stores_that_are_not_of_the_model(saved):
             open_expert_stores(saved, MOE)
         with pytest.raises(CheckpointError, match=message):
             load_model(saved)
+
+
+def test_weights_are_not_held_twice_while_they_are_read(tmp_path):
+    """What was read through a mapping counts as memory of the process until it is unmapped."""
+    config = dataclasses.replace(
+        DENSE, d_model=1024, d_ff=4096, num_encoder_layers=3, num_decoder_layers=3
+    )
+    write_random_model(tmp_path / "model", config, torch.float32)
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size > 3 * MAPPED_BYTES
+    source = open_native(tmp_path / "model")
+    before, most = mapped_bytes(), 0
+    for _, tensor in source.dense():
+        most = max(most, mapped_bytes() - before)
+        del tensor
+    assert most < size / 2
+
+
+def mapped_bytes() -> int:
+    """Pages of files that are memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+)", status)[1])

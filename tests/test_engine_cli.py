@@ -81,6 +81,13 @@ def test_a_wrong_dtype_is_wrong_usage(capsys, model_dir):
     assert run(capsys, "generate", model_dir, "hello", "--dtype", "int3")[0] == 2
 
 
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_loaded(capsys, model_dir):
+    trace = model_dir / "none" / "trace.npz"
+    code, out, err = run(capsys, "generate", model_dir, "hello", "--record-routing", trace)
+    assert (code, out) == (1, "")
+    assert "the routing cannot be written there" in err
+
+
 def test_beams_find_an_answer_and_do_not_fill_blanks(capsys, model_dir):
     code, out, _ = run(capsys, "generate", model_dir, "hello", "--beams", 3, "--max-tokens", 6)
     assert code == 0

@@ -42,26 +42,36 @@ def values_of(capsys, *arguments) -> dict:
 
 
 def test_a_plan_for_a_machine_that_one_does_not_have(capsys):
+    """Of 805 slots 8 are for the sweep; the others hold the decoder (768) and 29 of the encoder.
+
+    The sweep moves the other 739 of the encoder over the link: 46.0 GiB at 50 GB/s.
+    """
     code, out, err = run(capsys, *BIG, *GIVEN)
     assert (code, err) == (0, "")
     lines = dict(re.findall(r"^ {0,2}(\S.*?)(?: {2,})(.*)$", out, re.M))
     assert out.startswith("cpm2-moe-198b: 1536 experts of 63.8 MiB (int4), the rest bfloat16\n")
-    assert lines["slots for the sweep"].split()[0] == "0"
+    assert lines["pinned in slots"].split()[:2] == ["768", "29"]
+    assert lines["slots for decoding"].split()[:2] == ["0", "0"]
+    assert lines["slots for the sweep"].split()[:2] == ["0", "8"]
+    assert lines["in host memory"].split()[:2] == ["0", "739"]
     assert lines["only on disk"].split() == ["0", "0", "0", "B"]
     assert lines["GPU context"] == "640.0 MiB  assumed"
     assert lines["the link to the GPU"] == "50.00 GB/s  given"
     assert "\nmemory\n" in out
     assert "\nGPU memory\n" in out
     assert re.search(r"in all +64\.0 GiB  of 64\.0 GiB", out)
-    assert re.search(r"^batch 1 +\d+ to \d+ tokens/s, bound by the memory bandwidth of", out, re.M)
-    assert re.search(r"^sweep of 2048 1\.0\d to 1\.0\d s, bound by the link", out, re.M)
+    assert re.search(r"^batch 1 +330 tokens/s, bound by the memory bandwidth of the GPU", out, re.M)
+    assert re.search(r"^sweep of 2048 0\.988 to 1\.01 s, bound by the link to", out, re.M)
+    _, out, _ = run(capsys, *BIG, *GIVEN, "--gpu-memory", "40GiB")
+    assert re.search(r"^batch 1 +\d+\.\d to \d+ tokens/s, bound by the link to the", out, re.M)
 
 
 def test_json_holds_the_plan_and_what_the_simulator_reads(capsys):
     values = values_of(capsys, *BIG, *GIVEN)
     plan = plan_from_json(values)
     assert plan.num_experts == 1536
-    assert values["experts"]["pinned"] == {"decoder": len(plan.pinned)}
+    assert values["experts"]["pinned"] == {"decoder": 768, "encoder": len(plan.pinned) - 768}
+    assert values["experts"]["sweep"] == {"encoder": plan.num_sweep}
     assert values["bandwidths"]["disk"] == {"bytes_per_s": 3e9, "origin": "given"}
     assert values["budget_bytes"] == {"host": 112 * 2**30, "gpu": 64 * 2**30}
     assert all(values["planned_bytes"][k] <= size for k, size in values["budget_bytes"].items())

@@ -1,5 +1,7 @@
 import json
+import math
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +168,25 @@ def test_a_trace_of_another_model_is_refused(capsys, cpu_plan, tmp_path):
     assert "the plan of 48 layers" in message
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"(3,)", b"(3(,", "cannot be read"),  # brackets that never close
+        (b"\x93NUMPY", b"\x93NUMPI", "layers is no array"),
+    ],
+)
+def test_a_damaged_part_of_a_trace_is_told(capsys, cpu_plan, tmp_path, old, new, message):
+    path = tmp_path / "a.npz"
+    save_trace(generate_trace("uniform", replace(TEXTS, layers=LAYERS[:3])), path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(old, new) if name == "layers.npy" else data)
+    told = refusal(capsys, cpu_plan, trace=path)
+    assert f"{path}: {message}" in told
+
+
 def test_wishes_for_a_recorded_trace_are_refused(capsys, cpu_plan, tmp_path):
     message = refusal(capsys, cpu_plan, "--source-tokens", 3, trace=tmp_path / "a.npz")
     assert "--source-tokens is for traces that are made up: uniform, zipf, bursty" in message
@@ -210,6 +231,7 @@ def changed(values: dict, path: str, value: object) -> dict:
         ("expert_plan/pinned", [["decoder-0", 1]] * 2, "an expert is placed twice"),
         ("expert_plan/pinned", [["decoder-0", 32]], "or is not of the model"),
         ("expert_plan/slot_bytes", 0, "a size is below 1"),
+        ("expert_plan/slot_bytes", math.inf, "is not what `infmoe plan --json` prints: Overflow"),
         ("expert_plan/num_decode", -1, "a number of slots below 0"),
         ("bandwidths/disk", False, "is not what `infmoe plan --json` prints"),
         ("bandwidths/disk", {}, "is not what `infmoe plan --json` prints: KeyError"),
@@ -224,6 +246,13 @@ def test_a_damaged_plan_is_refused(capsys, cpu_plan, path, value, message):
     told = refusal(capsys, cpu_plan)
     assert str(cpu_plan) in told
     assert message in told
+
+
+def test_a_prediction_below_its_experts_is_refused(capsys, cpu_plan):
+    values = json.loads(cpu_plan.read_text())
+    values["predictions"][-1]["step"]["tier_bytes"]["dram"] = 0
+    cpu_plan.write_text(json.dumps(values))
+    assert "a pass reads less than its experts" in refusal(capsys, cpu_plan)
 
 
 def test_a_plan_without_a_slot_for_the_others_is_refused(capsys, cpu_plan):

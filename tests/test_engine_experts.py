@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,18 @@ def test_impossible_wishes_are_refused(saved, tmp_path):
     save_model(tiny_model(DENSE), tmp_path / "dense")
     with pytest.raises(ConfigError, match="is a dense model"):
         open_offloaded(tmp_path / "dense", DENSE, torch.float32, 10**9)
+
+
+def test_memory_that_is_refused_is_told_and_nothing_stays_open(saved):
+    path, resident, slot_bytes = saved
+
+    def refuse(slot_bytes, num_slots):
+        raise MemoryError(f"{slot_bytes * num_slots:,} bytes do not fit the GPU")
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(ConfigError, match=r"model: no memory for experts: .* bytes do not fit"):
+        open_offloaded(path, CONFIG, resident.embedding.weight.dtype, 10**6, make_device=refuse)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -1,5 +1,6 @@
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,9 @@ def test_where_measurements_are_kept(monkeypatch):
     assert cache_folder() == Path("/x/y/infmoe")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache_folder() == Path.home() / ".cache/infmoe"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user that the system does not know
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"infmoe-{os.getuid()}"
 
 
 def test_machines_and_file_systems_have_names(tmp_path):

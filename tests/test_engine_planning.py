@@ -231,6 +231,22 @@ def test_the_lines_of_a_plan_by_hand():
     )
 
 
+def test_rows_that_decode_together_get_slots_to_pass_through():
+    """24 decoder layers of 32 experts and 206 slots, of which 8 are for the sweep and 198 left.
+
+    A row wants 24 experts of 768 and moves 24 * (1 - 198 / 768) = 17.8; with a fifth, 21.4. Two
+    rows want 47.25 different ones: 42.1.
+    """
+    stored = storage(CPM2, torch.bfloat16, "int4")
+    found = []
+    for rows in (1, 2):
+        load = replace(SHORT, rows=rows)
+        host = fixed(stored, workload=load) + 206 * stored.slot_bytes
+        experts = plan(stored, host, workload=load).experts
+        found.append((len(experts.pinned), experts.num_decode, experts.num_sweep))
+    assert found == [(176, 22, 8), (155, 43, 8)]
+
+
 def test_a_gpu_has_its_own_budget_and_the_host_keeps_what_waits():
     stored = storage()
     gpu = fixed(stored, "gpu", on_gpu=True) + 8 * 20_480

@@ -21,3 +21,9 @@ def test_sizes_are_written():
     sizes = [0, 1023, 1536, 5 * 2**20, 360 * 2**30, 2**42]
     expected = ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "360.0 GiB", "4.0 TiB"]
     assert [format_bytes(size) for size in sizes] == expected
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "99999999999GiB", "1" + "0" * 30])
+def test_sizes_beyond_all_memory_are_refused(text):
+    with pytest.raises(ValueError, match="beyond all memory"):
+        parse_bytes(text)

@@ -1,4 +1,6 @@
 import threading
+from contextlib import closing, suppress
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ class FakeArrival:
     def __init__(self, device, slot, fill):
         self.device, self.slot, self.fill = device, slot, fill
         self.is_stopped, self.error = False, None
+        self.num_waits = 0
 
     def finish(self):
         if self.fill is not None:
@@ -47,6 +50,7 @@ class FakeArrival:
 
     def wait(self):
         assert not self.is_stopped
+        self.num_waits += 1
         self.finish()
         if self.error is not None:
             raise self.error
@@ -116,6 +120,20 @@ class FakeDevice:
             arrival.finish()
 
 
+class RefusingDevice(FakeDevice):
+    """Does not begin some fillings: those at which the next of `refusals` is true."""
+
+    def __init__(self, num_slots, delays=(), refusals=()):
+        super().__init__(num_slots, delays)
+        self.refusals = list(refusals)
+
+    def read(self, slot, fill, kind="read"):
+        self.refusals = self.refusals[1:] + self.refusals[:1]
+        if self.refusals and self.refusals[-1]:
+            raise RuntimeError("cannot schedule new futures")
+        return super().read(slot, fill, kind)
+
+
 class Trusting(Lookahead):
     """Believes every guess."""
 
@@ -162,15 +180,13 @@ def borrow(device, pipeline, layer, wanted, guess=None) -> list[int]:
 
 LAYER_NAMES = ["encoder-0", "encoder-1", "decoder-0", "decoder-1"]
 EXPERTS = st.lists(st.integers(0, 7), unique=True, min_size=1)
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(LAYER_NAMES),
-        EXPERTS,
-        st.one_of(st.none(), st.tuples(st.sampled_from(LAYER_NAMES), EXPERTS)),
-    ),
-    min_size=1,
-    max_size=12,
+STEP = st.tuples(
+    st.sampled_from(LAYER_NAMES),
+    EXPERTS,
+    st.one_of(st.none(), st.tuples(st.sampled_from(LAYER_NAMES), EXPERTS)),
 )
+STEPS = st.lists(STEP, min_size=1, max_size=12)
+LEFT_EARLY = st.tuples(STEP, st.integers(0, 9))  # and how many are lent before the loop ends
 
 
 @settings(max_examples=150, deadline=None)
@@ -199,6 +215,123 @@ def test_every_wanted_expert_is_lent_once_and_never_overwritten(steps, budget, n
     assert stats.read_bytes + stats.copied_bytes <= (stats.misses + stats.prefetched) * SLOT_BYTES
     assert stats.copied_bytes == stats.host_loads * SLOT_BYTES
     assert len([entry for entry in device.log if entry[0] == "copy"]) >= stats.host_loads
+
+
+def check_state(pipeline, plan):
+    """Between two streams: held is what comes on a guess, and no slot and no expert is lost."""
+    table, coming, landed = pipeline._table, pipeline._coming, pipeline._landed
+    assert table._holds == dict.fromkeys(coming, 1)
+    assert pipeline.resident() >= {*coming, *landed}
+    assert not {*coming} & {*landed}
+    slots = [table.slot(key) for key in pipeline.resident()]
+    slots += [slot for free in table._free.values() for slot in free]
+    slots += [slot for slot, _, _ in pipeline._ending]
+    assert sorted(slots) == list(range(plan.num_slots))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    steps=st.lists(LEFT_EARLY, max_size=12),
+    budget=st.integers(2, 34),
+    num_host=st.sampled_from([0, 12]),
+    delays=st.lists(st.booleans(), max_size=20),
+    refusals=st.lists(st.sampled_from([False, False, True]), max_size=9),
+    broken=st.sets(st.builds(Key, st.sampled_from(LAYER_NAMES), st.integers(0, 7)), max_size=3),
+)
+def test_whatever_happened_nothing_stays_held_and_nothing_is_taken_for_there(
+    steps, budget, num_host, delays, refusals, broken
+):
+    """Loops end early, reads fail or do not even begin; in the end everybody is served all."""
+
+    failing = set()
+
+    def read(key, out, is_cancelled):
+        if key in failing:
+            raise OSError(5, "Input/output error")
+        fake_read(key, out)
+
+    plan = plan_experts(SLOT_BYTES, LAYER_NAMES, 8, budget * SLOT_BYTES, num_host * SLOT_BYTES)
+    bank = fill_bank(plan.host, SLOT_BYTES, fake_read, FakeDevice(1)) if plan.host else None
+    device = RefusingDevice(plan.num_slots, delays)
+    pipeline = ExpertPipeline(device, plan, read, bank)
+    pipeline.lookahead = Trusting(0.6)
+    pipeline.preload()
+    failing |= broken
+    check_state(pipeline, plan)
+    device.refusals = list(refusals)
+    for (layer, wanted, guess), num_lent in steps:
+        with suppress(OSError, RuntimeError):
+            stream = pipeline.stream(layer, wanted, guess and Guess(*guess))
+            with closing(stream):
+                for expert, blob in islice(stream, num_lent):
+                    np.testing.assert_array_equal(blob, content(Key(layer, expert)))
+        assert not device.reading
+        assert set(plan.pinned) <= pipeline.resident()
+        check_state(pipeline, plan)
+    device.refusals = []
+    failing.clear()
+    for layer in LAYER_NAMES:
+        assert sorted(borrow(device, pipeline, layer, list(range(8)))) == list(range(8))
+        check_state(pipeline, plan)
+
+
+class WatchedTable(SlotTable):
+    """Tells which experts were given a slot, and which lost theirs, in order."""
+
+    def __init__(self, zones):
+        super().__init__(zones)
+        self.log: list[tuple[str, Key]] = []
+
+    def take(self, key, zone):
+        slot = super().take(key, zone)
+        if slot is not None:
+            self.log.append(("take", key))
+        return slot
+
+    def detach(self, key):
+        self.log.append(("detach", key))
+        return super().detach(key)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(LEFT_EARLY, max_size=20),
+    budget=st.integers(4, 31),
+    delays=st.lists(st.booleans(), max_size=20),
+)
+def test_what_was_fetched_on_a_guess_is_used_wasted_or_still_there(steps, budget, delays):
+    """What got a slot while another layer computed was fetched on a guess.
+
+    It is used if it is wanted before it loses the slot, else wasted once it does.
+    """
+    plan = plan_experts(SLOT_BYTES, LAYER_NAMES, 8, budget * SLOT_BYTES)
+    pipeline = ExpertPipeline(FakeDevice(plan.num_slots, delays), plan, fake_read)
+    pipeline._table = WatchedTable(plan.zones)
+    pipeline.lookahead = Trusting(0.6)
+    pipeline.preload()
+    log = pipeline._table.log
+    there: set[Key] = set()
+    prefetched = used = wasted = 0
+    for (layer, wanted, guess), num_lent in steps:
+        log.clear()
+        is_apart = guess is not None and guess[0] != layer
+        stream = pipeline.stream(layer, wanted, Guess(*guess) if is_apart else None)
+        with closing(stream):
+            lent = list(islice(stream, num_lent))
+        if lent:
+            right = there.intersection(Key(layer, expert) for expert in wanted)
+            used += len(right)
+            there -= right
+        for event, key in log:
+            if event == "take" and key.layer != layer:
+                prefetched += 1
+                there.add(key)
+            elif event == "detach" and key in there:
+                wasted += 1
+                there.remove(key)
+        stats = pipeline.stats
+        told = (stats.prefetched, stats.prefetch_used, stats.prefetch_wasted)
+        assert told == (prefetched, used, wasted)
 
 
 def test_residents_come_first_then_what_has_arrived():
@@ -296,6 +429,16 @@ def test_a_failed_preload_is_raised_and_ends_what_is_on_its_way():
         make_pipeline(make_plan(6, pinned=[Key("a", e) for e in range(4)]), read=read)
 
 
+def test_a_preload_that_does_not_begin_leaves_nothing_held():
+    plan = make_plan(6, pinned=[Key("a", e) for e in range(4)])
+    device = RefusingDevice(6, refusals=[False, True])
+    pipeline = ExpertPipeline(device, plan, fake_read)
+    with pytest.raises(RuntimeError, match="cannot schedule"):
+        pipeline.preload()
+    assert pipeline.resident() == set()
+    check_state(pipeline, plan)
+
+
 def test_preloading_tells_its_progress_and_counts_as_nothing():
     plan = make_plan(5, pinned=[Key("a", 0), Key("b", 0), Key("a", 1)])
     pipeline = ExpertPipeline(FakeDevice(5), plan, fake_read)
@@ -336,6 +479,73 @@ def test_a_right_guess_on_its_way_is_joined_and_not_read_again():
     assert len(device.started) == 2
     stats = pipeline.stats
     assert (stats.misses, stats.prefetch_used) == (2, 1)
+
+
+def test_a_guess_that_has_landed_is_waited_for_when_it_is_first_lent_and_goes_last():
+    """Its bytes may still be on the link; residents need not wait for that."""
+    device, pipeline = trusting(make_plan(6), delays=[True])
+    borrow(device, pipeline, "b", [5])
+    borrow(device, pipeline, "a", [0], Guess("b", [3]))
+    arrival = device.started[-1]
+    borrow(device, pipeline, "c", [1])
+    assert arrival.num_waits == 0
+    assert borrow(device, pipeline, "b", [3, 5]) == [5, 3]
+    assert arrival.num_waits == 1
+    assert borrow(device, pipeline, "b", [3, 5]) == [3, 5]
+    assert arrival.num_waits == 1
+
+
+def test_a_guess_that_landed_and_cannot_be_waited_for_is_not_lent():
+    """On a GPU: computations could not be made to wait for the copy. The next try waits again."""
+    device, pipeline = trusting(make_plan(6), delays=[True])
+    borrow(device, pipeline, "a", [0], Guess("b", [3]))
+    borrow(device, pipeline, "c", [1])
+    device.started[1].error = OSError(5, "Input/output error")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            borrow(device, pipeline, "b", [3, 4])
+        assert pipeline._table._holds == {}
+    device.started[1].error = None
+    assert borrow(device, pipeline, "b", [3]) == [3]
+
+
+def test_a_guess_that_was_evicted_before_it_was_lent_is_read_anew():
+    device, pipeline = trusting(make_plan(2), delays=[True])
+    borrow(device, pipeline, "a", [0], Guess("b", [3]))
+    borrow(device, pipeline, "c", [1, 2])
+    before = len(device.started)
+    assert borrow(device, pipeline, "b", [3]) == [3]
+    assert len(device.started) == before + 1
+    assert pipeline.stats.prefetch_wasted == 1
+
+
+def test_a_guess_names_residents_that_do_not_make_room_and_are_let_go_again():
+    """Expert 0 of b was used longest ago; not held it would go for 1, and be read again."""
+    device, pipeline = trusting(make_plan(3))
+    borrow(device, pipeline, "b", [0])
+    borrow(device, pipeline, "c", [5])
+    borrow(device, pipeline, "a", [0], Guess("b", [1, 0]))
+    assert pipeline.resident() == {Key("b", 0), Key("a", 0), Key("b", 1)}
+    assert len(device.started) == 4
+    assert borrow(device, pipeline, "c", [1, 2, 3]) == [1, 2, 3]  # all slots, so none is held
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_filling_that_does_not_begin_leaves_nothing_held(refused):
+    """Neither what was wanted nor, of a guess, what is there or was to come."""
+    plan = make_plan(5)
+    device = RefusingDevice(5)
+    pipeline = ExpertPipeline(device, plan, fake_read)
+    pipeline.lookahead = Trusting(0.6)
+    borrow(device, pipeline, "b", [0])
+    device.refusals = [False] * refused + [True] + [False] * 9
+    with pytest.raises(RuntimeError, match="cannot schedule"):
+        borrow(device, pipeline, "a", [7], Guess("b", [0, 1]))
+    check_state(pipeline, plan)
+    assert Key("b", 1) not in pipeline.resident()
+    assert (Key("a", 7) in pipeline.resident()) == bool(refused)
+    assert pipeline.stats.prefetched == 0
+    assert sorted(borrow(device, pipeline, "a", [7, 1, 2, 3, 4])) == [1, 2, 3, 4, 7]
 
 
 def test_a_wrong_guess_is_stopped_and_never_taken_for_an_expert():
@@ -546,9 +756,50 @@ def test_what_is_not_pinned_waits_in_host_memory_as_far_as_it_reaches():
     assert (plan.num_disk, plan.host_bytes) == (16 - 5 - 5, 500)
 
 
-@given(budget=st.integers(2, 40), host=st.integers(0, 40), per_layer=st.integers(2, 9))
-def test_no_plan_exceeds_its_budgets_or_places_an_expert_twice(budget, host, per_layer):
-    plan = plan_experts(100, LAYERS, per_layer, budget * 100, host * 100)
+DEEP = [f"{stack}-{i}" for stack in ("encoder", "decoder") for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "rows", "decode", "sweep"),
+    [
+        (206, 1, 22, 8),  # 198 left, and 1.2 * 24 * (1 - 198 / 768) = 21.4
+        (206, 2, 43, 8),  # two rows want 1.97 of 32 in a layer: 42.1
+        (206, 4, 22, 8),  # 81.6 would be more than a quarter of 198: as for one row
+        (206, 1000, 22, 8),
+        (776 - 3, 1, 2, 8),  # 765 left; 0.1
+        (776, 1, 0, 8),  # the whole decoder is pinned
+        (114, 1, 25, 8),  # 106 left; 24.8, of at most 26.5
+        (108, 1, 2, 8),  # 100 left; 25.05 would be more than a quarter
+        (63, 1, 2, 7),  # an eighth
+        (4, 1, 2, 2),
+        (3, 1, 3, 0),  # both stacks share
+    ],
+)
+def test_slots_to_pass_through_are_counted_by_what_a_step_moves(num_slots, rows, decode, sweep):
+    """24 + 24 layers of 32 experts; a step of one row wants 24 experts of 768."""
+    plan = plan_experts(100, DEEP, 32, num_slots * 100, rows=rows)
+    assert (plan.num_decode, plan.num_sweep) == (decode, sweep)
+    assert len(plan.pinned) == num_slots - decode - sweep
+
+
+@given(
+    budget=st.integers(2, 1600), rows=st.integers(1, 64), layers=st.sampled_from([DEEP, DEEP[24:]])
+)
+def test_most_slots_are_pinned_and_the_sweep_has_few(budget, rows, layers):
+    plan = plan_experts(100, layers, 32, budget * 100, rows=rows)
+    assert plan.num_sweep <= 8
+    assert plan.num_decode <= max(2, plan.num_slots / 4) or plan.num_slots < 4
+    assert (plan.num_sweep > 0) == (4 <= plan.num_slots < plan.num_experts and layers is DEEP)
+
+
+@given(
+    budget=st.integers(2, 40),
+    host=st.integers(0, 40),
+    per_layer=st.integers(2, 9),
+    rows=st.integers(1, 9),
+)
+def test_no_plan_exceeds_its_budgets_or_places_an_expert_twice(budget, host, per_layer, rows):
+    plan = plan_experts(100, LAYERS, per_layer, budget * 100, host * 100, rows=rows)
     assert plan.arena_bytes <= budget * 100
     assert plan.host_bytes <= host * 100
     assert len({*plan.pinned, *plan.host}) == len(plan.pinned) + len(plan.host)

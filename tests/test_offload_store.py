@@ -118,6 +118,15 @@ def test_nothing_appears_before_finish(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_left_if_the_name_is_taken_by_a_folder(tmp_path):
+    (tmp_path / "x").mkdir()
+    with create_store(tmp_path / "x", "encoder-0", LAYOUT, 1) as store:
+        store.write(0, random_expert(0))
+        with pytest.raises(StoreError, match="x: cannot be written: Is a directory"):
+            store.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_writer_refuses_what_the_layout_does_not_have(tmp_path):
     good = random_expert(0)
     with create_store(tmp_path / "s", "encoder-0", LAYOUT, 2) as store:
@@ -287,14 +296,30 @@ def test_damaged_blob_names_file_layer_and_expert(path, offset):
 
 
 def test_checksum_is_verified_on_the_first_read_only(path):
+    written = path.stat().st_mtime_ns
     with open_store(path) as store:
         store.read_blob(1)
         with path.open("r+b") as file:
             file.seek(store.offset(1))
             file.write(b"damage")
+        os.utime(path, ns=(written, written))  # as if nothing had happened
         assert bytes(store.read_blob(1)[:6]) == b"damage"
         with pytest.raises(StoreError, match="damaged: checksum"):
             store.verify(1, store.read_blob(1))
+
+
+def test_checksum_is_verified_again_after_a_change_of_the_file(path):
+    with open_store(path) as store:
+        before = bytes(store.read_blob(1))
+        with path.open("r+b") as file:  # in place, as cp or rsync --inplace do it
+            file.seek(store.offset(1))
+            file.write(b"damage")
+        with pytest.raises(StoreError, match="expert 1: damaged: checksum"):
+            store.read_blob(1)
+        with path.open("r+b") as file:
+            file.seek(store.offset(1))
+            file.write(before[:6])
+        assert bytes(store.read_blob(1)) == before
 
 
 @pytest.mark.parametrize("bypass_cache", [False, True])

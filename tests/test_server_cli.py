@@ -125,6 +125,13 @@ def test_missing_model_is_one_line(capsys, tmp_path):
     assert "is not a directory" in failing(capsys, ["serve", str(tmp_path / "none")])
 
 
+@pytest.mark.parametrize("name", ["", "none/trace.npz"])
+def test_a_trace_that_cannot_be_written_is_told_before_loading(capsys, tmp_path, name):
+    trace = str(tmp_path / name)
+    told = failing(capsys, ["serve", str(tmp_path), "--record-routing", trace])
+    assert f"{trace}: the routing cannot be written there" in told
+
+
 def test_wrong_setting_is_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("INFMOE_PORT", "many")
     assert "port" in failing(capsys, ["serve", str(tmp_path)])

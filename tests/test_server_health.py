@@ -102,7 +102,18 @@ def test_metrics_tell_of_offloaded_experts_only_where_there_are_some():
     engine = FakeEngine()
     client = client_of(engine)
     assert not [name for name, *_ in samples_of(client) if "expert" in name]
-    engine.experts = PipelineStats(hits=3, misses=2, evictions=1, read_bytes=8192, stall_s=0.5)
+    engine.experts = PipelineStats(
+        hits=3,
+        misses=2,
+        host_loads=1,
+        evictions=1,
+        read_bytes=8192,
+        copied_bytes=4096,
+        stall_s=0.5,
+        prefetched=7,
+        prefetch_used=4,
+        prefetch_wasted=2,
+    )
     samples = samples_of(client)
     counts = {name: value for (name, *_), value in samples.items() if "expert" in name}
     assert counts == {
@@ -111,6 +122,11 @@ def test_metrics_tell_of_offloaded_experts_only_where_there_are_some():
         "infmoe_expert_evictions_total": 1,
         "infmoe_expert_read_bytes_total": 8192,
         "infmoe_expert_stall_seconds_total": 0.5,
+        "infmoe_expert_host_loads_total": 1,
+        "infmoe_expert_copied_bytes_total": 4096,
+        "infmoe_expert_prefetched_total": 7,
+        "infmoe_expert_prefetch_used_total": 4,
+        "infmoe_expert_prefetch_wasted_total": 2,
     }
 
 
