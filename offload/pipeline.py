@@ -11,6 +11,7 @@ from offload.bank import HostBank
 from offload.device import Arrival, Blob, Bytes, Device, IsCancelled
 from offload.lookahead import Lookahead
 from offload.planner import ExpertPlan
+from offload.popularity import Popularity
 from offload.slots import Key, SlotTable, Zone
 
 Read = Callable[[Key, Bytes, IsCancelled], object]
@@ -30,7 +31,7 @@ class PipelineStats:
     `hits` were in a slot when they were wanted, `misses` were not: `host_loads` of them came from
     host memory, the others from disk. `prefetched` were fetched on a guess, which `prefetch_used`
     of them repaid so far and `prefetch_wasted` never will. `stall_s` is the time that the host
-    waited for experts.
+    waited for experts; `repinned` counts pins that went to an expert wanted more often.
     """
 
     hits: int = 0
@@ -43,6 +44,7 @@ class PipelineStats:
     prefetched: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
+    repinned: int = 0
 
     def __sub__(self, earlier: "PipelineStats") -> "PipelineStats":
         """What was counted since an earlier snapshot."""
@@ -86,6 +88,11 @@ class ExpertPipeline:
         self._stats = PipelineStats()
         pinned = Counter(key.layer for key in plan.pinned)
         self._moving = {layer for layer in plan.layers if pinned[layer] < plan.experts_per_layer}
+        # Pins may move where what loses its pin can be read again; beside a host bank it cannot:
+        # placement is exclusive, and a pinned expert has no copy there.
+        self._can_repin = bank is None and plan.num_decode > 0
+        self._popularity = Popularity()
+        self._coldest = 0.0  # no pinned expert has been wanted less often
         self.lookahead = Lookahead(device.trust)
 
     def preload(self, on_each: Callable[[int], None] | None = None) -> None:
@@ -146,6 +153,8 @@ class ExpertPipeline:
     ) -> tuple[dict[Key, Arrival], deque[Key], deque[Key]]:
         """Those on their way, those there (held from now on), and those still to be fetched."""
         self.lookahead.judge(layer, [key.expert for key in keys])
+        if self._can_repin and self._plan.zone(layer) == "decode" and self._popularity.note(keys):
+            self._coldest = 0.0
         self._land_fetched()
         arriving = {key: self._coming.pop(key) for key in keys if key in self._coming}
         held = [key for key in keys if key not in arriving and self._table.hold(key)]
@@ -256,6 +265,21 @@ class ExpertPipeline:
     def _return(self, key: Key) -> None:
         self._device.release(self._table.slot(key))
         self._table.release(key)
+        if self._can_repin and self._table.zone(key) == "decode":
+            self._repin(key)
+
+    def _repin(self, key: Key) -> None:
+        """Give an expert the pin of the one wanted least, if it is wanted clearly more often."""
+        if not self._popularity.deserves(key, self._coldest):
+            return
+        pinned = [k for k in self._table.in_zone("pinned") if self._plan.zone(k.layer) == "decode"]
+        if not pinned:
+            return
+        coldest = min(pinned, key=self._popularity.count)
+        self._coldest = self._popularity.count(coldest)
+        if self._popularity.deserves(key, self._coldest):
+            self._table.swap_zones(key, coldest)
+            self._count(repinned=1)
 
     def _give_up(self, arriving: dict[Key, Arrival]) -> None:
         """Forget what is on its way; its slots are free once nobody writes to them."""

@@ -81,6 +81,18 @@ class SlotTable:
         if not self._holds[key]:
             del self._holds[key]
 
+    def swap_zones(self, one: Key, other: Key) -> None:
+        """Let two experts that are there change zones; each stays in its slot, no bytes move."""
+        (slot, zone), (other_slot, other_zone) = self._place[one], self._place[other]
+        for key, place in ((one, (slot, other_zone)), (other, (other_slot, zone))):
+            del self._used[self._place[key][1]][key]
+            self._place[key] = place
+            self._touch(key)
+
+    def in_zone(self, zone: Zone) -> list[Key]:
+        """The experts that are in slots of a zone."""
+        return list(self._used[zone])
+
     def detach(self, key: Key) -> int:
         """Forget an expert, held or not. Returns its slot, not yet to be used for another."""
         slot, zone = self._place.pop(key)

@@ -1,3 +1,4 @@
+import random
 import threading
 from contextlib import closing, suppress
 from itertools import islice
@@ -12,6 +13,7 @@ from offload.device import HostDevice, open_host_device
 from offload.lookahead import MIN_GUESSES, Lookahead
 from offload.pipeline import ExpertPipeline, Guess
 from offload.planner import BudgetTooSmall, ExpertPlan, plan_experts
+from offload.popularity import HALVE_EVERY, Popularity
 from offload.slots import Key, SlotTable
 
 SLOT_BYTES = 64
@@ -206,7 +208,7 @@ def test_every_wanted_expert_is_lent_once_and_never_overwritten(steps, budget, n
     for layer, wanted, guess in steps:
         order = borrow(device, pipeline, layer, wanted, guess and Guess(*guess))
         assert sorted(order) == sorted(wanted)
-        assert set(plan.pinned) <= pipeline.resident()
+        assert len(pipeline._table.in_zone("pinned")) == len(plan.pinned)
         assert len(pipeline.resident()) <= plan.num_slots
         wanted_in_all += len(wanted)
     stats = pipeline.stats
@@ -266,7 +268,7 @@ def test_whatever_happened_nothing_stays_held_and_nothing_is_taken_for_there(
                 for expert, blob in islice(stream, num_lent):
                     np.testing.assert_array_equal(blob, content(Key(layer, expert)))
         assert not device.reading
-        assert set(plan.pinned) <= pipeline.resident()
+        assert len(pipeline._table.in_zone("pinned")) == len(plan.pinned)
         check_state(pipeline, plan)
     device.refusals = []
     failing.clear()
@@ -812,3 +814,52 @@ def test_no_plan_exceeds_its_budgets_or_places_an_expert_twice(budget, host, per
 def test_a_budget_that_is_too_small_does_the_sum():
     with pytest.raises(BudgetTooSmall, match="199 bytes hold 1 experts of 100 bytes; .* 200 bytes"):
         plan_experts(100, LAYERS, 4, 199)
+
+
+def test_pins_go_to_what_is_wanted_clearly_more_often_and_no_bytes_move():
+    """Two of eight experts are wanted nine times of ten, and were not pinned at first."""
+    plan = make_plan(6, layers=("decoder-0",), pinned=[Key("decoder-0", e) for e in range(4)])
+    device, pipeline = make_pipeline(plan)
+    choose = random.Random(3)
+    for _ in range(300):
+        hot = choose.random() < 0.9
+        borrow(device, pipeline, "decoder-0", [choose.choice([6, 7] if hot else list(range(6)))])
+    reads = len(device.log)
+    before = pipeline.stats
+    assert before.repinned >= 2
+    assert {Key("decoder-0", 6), Key("decoder-0", 7)} <= set(pipeline._table.in_zone("pinned"))
+    assert len(pipeline._table.in_zone("pinned")) == 4
+    for _ in range(20):  # even a scan over all the others does not drive them out
+        borrow(device, pipeline, "decoder-0", [0, 1, 2, 3, 4, 5])
+    assert borrow(device, pipeline, "decoder-0", [6, 7]) == [6, 7]
+    assert (pipeline.stats - before).hits >= 2
+    assert len(device.log) - reads == (pipeline.stats - before).misses
+
+
+@pytest.mark.parametrize("num_host", [0, 4])
+def test_pins_stay_where_all_are_wanted_alike_or_placement_is_exclusive(num_host):
+    layers = ["decoder-0", "decoder-1"]
+    pins = [Key(layer, e) for e in range(3) for layer in layers]
+    host = [Key("decoder-0", e) for e in range(3, 3 + num_host)]
+    plan = make_plan(9, layers=layers, pinned=pins, host=host)
+    bank = fill_bank(plan.host, SLOT_BYTES, fake_read, FakeDevice(1)) if host else None
+    device, pipeline = make_pipeline(plan, bank=bank)
+    for step in range(60):
+        for layer in layers:
+            wanted = [7] if num_host and step % 2 else list(range(8))
+            borrow(device, pipeline, layer, wanted)
+    assert pipeline.stats.repinned == 0
+    assert set(pipeline._table.in_zone("pinned")) == set(pins)
+
+
+def test_wants_of_long_ago_count_for_less():
+    popularity = Popularity()
+    old, new = Key("a", 0), Key("a", 1)
+    for _ in range(HALVE_EVERY // 2):
+        popularity.note([old])
+    halved = [popularity.note([new]) for _ in range(HALVE_EVERY // 2)]
+    assert halved == [False] * (len(halved) - 1) + [True]
+    assert popularity.count(old) == HALVE_EVERY / 4
+    assert popularity.count(new) == pytest.approx(HALVE_EVERY / 4, abs=1)
+    assert not popularity.deserves(new, popularity.count(old))
+    assert popularity.count(Key("a", 9)) == 0.0
