@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         same_B1SS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)).unsqueeze(1)
         bias = self.encoder.relative_bias(positions_S, positions_S)
         bias = bias + mask_bias(same_B1SS, bias.dtype)
+        bias = bias.contiguous()  # else attention copies it in each layer
         real_BS = real_positions(segments_BS)
         for block in self.encoder.blocks():
             x_BSD = block.transform(block.self_attention(x_BSD, bias), self.experts, real_BS)
@@ -156,7 +157,7 @@ class Transformer(nn.Module):
         same_BTT = segments_BT.unsqueeze(1) == segments_BT.unsqueeze(2)
         causal_TT = positions_T.unsqueeze(1) >= positions_T
         bias = self.decoder.relative_bias(positions_T, positions_T)
-        bias = bias + mask_bias((same_BTT & causal_TT).unsqueeze(1), bias.dtype)
+        bias = (bias + mask_bias((same_BTT & causal_TT).unsqueeze(1), bias.dtype)).contiguous()
         cross_BTS = segments_BT.unsqueeze(2) == segments_BS.unsqueeze(1)
         cross_bias = mask_bias(cross_BTS.unsqueeze(1), bias.dtype)
         real_BT = real_positions(segments_BT)
@@ -197,7 +198,7 @@ class Transformer(nn.Module):
         key_pos_S = torch.arange(needed, device=tokens_BT.device)
         bias = self.decoder.relative_bias(position_BT, key_pos_S)
         visible_B1TS = (key_pos_S <= position_BT.unsqueeze(-1)).unsqueeze(1)
-        bias = bias + mask_bias(visible_B1TS, bias.dtype)
+        bias = (bias + mask_bias(visible_B1TS, bias.dtype)).contiguous()
         x_BTD = self.embedding(tokens_BT)
         for index, block in enumerate(self.decoder.blocks()):
             q_BHTK, k_BHTK, v_BHTK = block.self_attention.project(x_BTD)
