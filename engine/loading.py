@@ -16,7 +16,14 @@ from engine.config import PRESETS, ModelConfig, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.experts import OffloadedExperts, load_offloaded
 from engine.footprint import Workload, largest_workload
-from engine.memory import HostMemory, gpu_budget, gpu_memory, host_budget, host_memory
+from engine.memory import (
+    HostMemory,
+    gpu_budget,
+    gpu_memory,
+    host_budget,
+    host_memory,
+    return_large_blocks,
+)
 from engine.model.dtypes import DTYPES
 from engine.model.transformer import Transformer
 from engine.planning import (
@@ -210,6 +217,7 @@ def load_within(
 
 def load_planned(path: Path, plan: MemoryPlan, on_phase: Callable[[str], None]) -> Loaded:
     """Load a model as a plan says."""
+    return_large_blocks()
 
     def report(done: int, total: int) -> None:
         on_phase(f"reading expert {done} of {total}")

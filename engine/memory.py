@@ -3,8 +3,10 @@
 Source: Linux, Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst; proc(5).
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from engine.units import format_bytes
 
 SHARE = 0.8  # of what is to be had now, if no budget is given; the rest is for what else runs
 MACHINE = "the machine"
+LARGE_BYTES = 8 * 2**20
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,17 @@ NAMES = {
     ),
     2: _Names("memory.max", "memory.current", ("active_file", "inactive_file")),
 }
+
+
+def return_large_blocks() -> None:
+    """Have glibc give every freed block of LARGE_BYTES and more back to the system at once.
+
+    Left to itself it soon keeps blocks of up to 32 MiB: 16 texts of 2,001 tokens, one after the
+    other, then took 2,290 MiB where 2,039 were planned, and 2,052 with this. With another C
+    library nothing happens.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:

@@ -1,4 +1,7 @@
 import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from hypothesis import given
@@ -145,3 +148,25 @@ def test_a_gpu_budget_must_fit_what_is_left_of_the_gpu():
         gpu_budget(71 * GIB + 1, gpu, GIB)
     with pytest.raises(ConfigError, match=r"left: 80\.0 GiB of 80\.0 GiB"):
         gpu_budget(81 * GIB, gpu, 20 * GIB)
+
+
+def test_large_blocks_are_given_back_at_once():
+    """Without it glibc keeps blocks below 32 MiB once one of that size has been freed."""
+    code = """
+        import re, torch
+        from engine.memory import return_large_blocks
+        return_large_blocks()
+        def rss():
+            return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        torch.ones(7 * 2**20)
+        before = rss()
+        for _ in range(3):
+            blocks = [torch.ones(6 * 2**20) for _ in range(8)]  # 24 MiB each
+            fences = [torch.ones(2**16) for _ in range(8)]
+            del blocks
+        print(rss() - before)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) < 24 * 1024  # KiB
