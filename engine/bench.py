@@ -7,8 +7,6 @@ share of the limit.
 """
 
 import json
-import mmap
-import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -21,19 +19,12 @@ import torch
 from engine.checkpoint_writer import expert_file
 from engine.convert import count_parameters, load_any
 from engine.experts import OffloadedExperts, load_offloaded
+from engine.machine import disk_rate, dram_rate
 from engine.model.transformer import Transformer
 from offload.pipeline import PipelineStats
 
 REPEATS = 5
 DISK_PROBE_S = 2.0
-BLOCK_BYTES = 8 * 2**20
-READ_BYTES = 2**28
-
-
-def memory_bandwidth() -> float:
-    """Bytes per second that summing a large array reads from memory; the best of a few."""
-    data = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / min(timed(lambda: data.sum()) for _ in range(REPEATS))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -115,7 +106,7 @@ def run_bench(
     ][1:]
     rates = [num_tokens / sample.cached_s for sample in samples]
     weights = decoder_bytes(model)
-    bandwidth = memory_bandwidth()
+    bandwidth = dram_rate().per_s
     report = {
         "model": path.name,
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
@@ -157,7 +148,7 @@ def offload_report(
     path: Path, experts: OffloadedExperts, samples: list[Sample], num_tokens: int
 ) -> dict[str, object]:
     """What offloading cost while decoding, and the share of the disk's speed that it reached."""
-    disk = disk_bandwidth(path / expert_file("decoder-0"))
+    disk = disk_rate([path / expert_file("decoder-0")], DISK_PROBE_S).per_s
     shares = [s.decoding.read_bytes / disk / s.cached_s for s in samples]
     return {
         "expert_slots": experts.plan.num_slots,
@@ -172,24 +163,6 @@ def offload_report(
         "disk_gb_per_s": round(disk / 1e9, 2),
         "share_of_disk_limit": spread(shares),
     }
-
-
-def disk_bandwidth(path: Path) -> float:
-    """Bytes per second that reading a file in order gives, past the page cache where that works."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        file = os.open(path, os.O_RDONLY)
-    try:
-        block = mmap.mmap(-1, BLOCK_BYTES)  # page-aligned, as direct reads ask for
-        began, offset, done = perf_counter(), 0, 0
-        while perf_counter() - began < DISK_PROBE_S:
-            read = os.preadv(file, [block], offset)
-            done += read
-            offset = offset + read if read == BLOCK_BYTES else 0
-        return done / (perf_counter() - began)
-    finally:
-        os.close(file)
 
 
 def decoder_bytes(model: Transformer) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from engine.bench import commit, decoder_bytes, memory_bandwidth, spread
+from engine.bench import commit, decoder_bytes, spread
 from engine.bench_engine_contenders import (
     KINDS,
     MAX_ROWS,
@@ -41,6 +41,7 @@ from engine.bench_engine_model import SIZES, make_t5
 from engine.bench_engine_report import Run, compare_tokens, make_row, ratios
 from engine.bench_offload import BUSY, cpu_name, tell
 from engine.config import ModelConfig
+from engine.machine import dram_rate
 from engine.model.transformer import Transformer
 
 STATIC_ROWS = 8
@@ -137,7 +138,7 @@ def measure_size(settings: Settings, size: str) -> dict[str, object]:
         if name not in notes:
             tell(f"{size}: loading {name}")
             contenders[name] = kind.open(directory, kind.dtype)
-    bandwidth = memory_bandwidth()
+    bandwidth = dram_rate().per_s
     runs = []
     for seed in range(settings.repeats + 1):
         tell(f"{size}: round {seed} of {settings.repeats}")
@@ -148,7 +149,7 @@ def measure_size(settings: Settings, size: str) -> dict[str, object]:
         texts = uneven_texts(settings, config, LAST_ARRIVAL_S[size], seed)
         work = {n: _uneven(contenders[n], texts) for n in UNEVEN if n in contenders}
         runs += take_turns(work, "uneven", seed)
-    bandwidth = max(bandwidth, memory_bandwidth())
+    bandwidth = max(bandwidth, dram_rate().per_s)
     measured = [run for run in runs if run.seed]
     rows = {name: make_row(name, notes.get(name), measured) for name in KINDS}
     ours = contenders.get(OURS)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from engine.prompt import build_request
 from engine.request import Piece, SamplingParams
 from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
 
+ROOT = Path(__file__).parents[1]
 CONFIG = replace(MOE, num_experts=6, num_encoder_layers=3, num_decoder_layers=2)
 WIDE = replace(CONFIG, d_ff=64)  # int4 comes in groups of 32 and more
 NUM_EXPERTS = 6 * 5
@@ -192,7 +196,7 @@ def test_lookahead_changes_no_result(saved):
 
 
 def test_two_models_read_one_store_at_once(saved):
-    """Two processes would do the same: stores are opened for reading only."""
+    """Stores are opened for reading only; the next test does the same with two processes."""
     resident = saved[1]
     (one, first), (two, second) = offloaded(saved, 3), offloaded(saved, 4)
     with first, second, torch.inference_mode():
@@ -202,6 +206,41 @@ def test_two_models_read_one_store_at_once(saved):
             expected = resident(source, ones, source, ones)
             assert torch.equal(one(source, ones, source, ones), expected)
             assert torch.equal(two(source, ones, source, ones), expected)
+
+
+def test_two_processes_read_one_store_at_once(saved):
+    path, resident, slot_bytes = saved
+    code = """
+        import sys, torch
+        from pathlib import Path
+        from engine.experts import load_offloaded
+        model, experts = load_offloaded(Path(sys.argv[1]), None, int(sys.argv[2]))
+        print("open", flush=True)
+        sys.stdin.readline()  # until the other process has them open as well
+        source = torch.arange(18).view(2, 9) + 3
+        ones = torch.ones_like(source)
+        with experts, torch.inference_mode():
+            for _ in range(3):
+                answer = model(source, ones, source, ones)
+            assert experts.stats.misses > 0
+        print(answer.double().sum().item())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(path), str(3 * slot_bytes)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen(command, cwd=ROOT, **pipes) as one,
+        subprocess.Popen(command, cwd=ROOT, **pipes) as other,
+    ):
+        assert [one.stdout.readline(), other.stdout.readline()] == ["open\n"] * 2
+        for process in (one, other):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answers = [process.communicate(timeout=60)[0] for process in (one, other)]
+    source = torch.arange(18).view(2, 9) + 3
+    ones = torch.ones_like(source)
+    with torch.inference_mode():
+        expected = resident(source, ones, source, ones).double().sum().item()
+    assert [float(answer) for answer in answers] == pytest.approx([expected] * 2)
 
 
 def test_three_tiers_give_the_same_and_read_each_expert_of_host_memory_once(saved):
