@@ -14,34 +14,9 @@ from engine.config import ModelConfig
 from engine.errors import EngineError, RequestError
 from engine.generation import Generation
 from engine.model.transformer import DecoderCache, Transformer
-from engine.request import Request
+from engine.request import BeamParams, Request
 from engine.sources import gather
 from engine.tokenizer import Tokenizer
-
-MAX_BEAMS = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BeamParams:
-    """How to search. A hypothesis scores its log-probability over its length ** length_penalty.
-
-    Above 0 the penalty favours long answers. With `stops_early` the search ends as soon as there
-    are `num_beams` complete answers; else when no open beam can beat the worst of them any more.
-    """
-
-    num_beams: int = 4
-    length_penalty: float = 1.0
-    stops_early: bool = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_beams <= MAX_BEAMS:
-            raise RequestError(
-                f"num_beams is {self.num_beams}; allowed: 1 to {MAX_BEAMS}", "num_beams"
-            )
-        if not -10 <= self.length_penalty <= 10:  # NaN is in no range
-            raise RequestError(
-                f"length_penalty is {self.length_penalty}; allowed: -10 to 10", "length_penalty"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from engine.checkpoint_any import load_any
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.model.transformer import Transformer
-from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.request import Event, Failed, Finished, Piece, Request, SamplingParams
 from engine.scheduler import Limits
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class BenchJob:
         """Never: everybody waits."""
         return False
 
-    def take(self, event: Piece | Finished | Failed) -> None:
+    def take(self, event: Event) -> None:
         """Note an event. Raises EngineError if it is a failure."""
         now = perf_counter()
         if isinstance(event, Failed):
@@ -107,6 +107,7 @@ class BenchJob:
         if isinstance(event, Finished):
             self.end = now
             return
+        assert isinstance(event, Piece)
         self.first = self.first or now
         self.tokens += event.token_ids
 

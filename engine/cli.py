@@ -47,13 +47,13 @@ def generate(  # noqa: PLR0913  the options are the interface
     ] = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
-    from engine.beam import BeamParams, answer_text, beam_search
+    from engine.beam import answer_text, beam_search
     from engine.footprint import PREFIX_TOKENS, Workload
     from engine.generation import generate as run
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.prompt import build_request, check_tokenizer
-    from engine.request import SamplingParams
+    from engine.request import BeamParams, SamplingParams
     from engine.routing import check_trace_path, recorded
     from engine.tokenizer import open_tokenizer
     from engine.units import parse_bytes

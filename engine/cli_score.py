@@ -8,7 +8,8 @@ import typer
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
-    from engine.scoring import Question, Score
+    from engine.request import Score
+    from engine.scoring import Question
     from engine.tokenizer import Tokenizer
 
 DtypeName = Literal["fp32", "bf16", "fp16"]

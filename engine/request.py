@@ -8,10 +8,11 @@ from engine.errors import RequestError
 from engine.sources import Source
 from offload.pipeline import PipelineStats
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled"]  # at its deadline: length, "timeout"
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_BEAMS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +24,9 @@ class SamplingParams:
     `allowed_token_ids`, if there are any, are the only ones that may come. `max_tokens` counts
     generated tokens; before `min_tokens` only a stop string ends the text, and with `ignore_eos`
     the model's own end never does. `seed` None draws a fresh one. `stop` strings and
-    `stop_token_ids` end the text and are not part of it. `logprobs` asks for the log-probability of
-    each token and of so many of the likeliest.
+    `stop_token_ids` end the text and are not part of it, unless `include_stop`. None of the
+    sequences of ids in `bad_words` may come. `logprobs` asks for the log-probability of each token
+    and of so many of the likeliest, `prompt_logprobs` for those of the request's `decoder_ids`.
     """
 
     max_tokens: int = 64
@@ -44,6 +46,9 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    include_stop: bool = False
 
     @property
     def has_penalties(self) -> bool:
@@ -100,12 +105,54 @@ BOUNDS: dict[str, tuple[float, float, float | None]] = {  # lowest, highest, and
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeamParams:
+    """How to search. A hypothesis scores its log-probability over its length ** length_penalty.
+
+    Above 0 the penalty favours long answers. With `stops_early` the search ends as soon as there
+    are `num_beams` complete answers; else when no open beam can beat the worst of them any more.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    stops_early: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_beams <= MAX_BEAMS:
+            raise RequestError(
+                f"num_beams is {self.num_beams}; allowed: 1 to {MAX_BEAMS}", "num_beams"
+            )
+        if not -10 <= self.length_penalty <= 10:  # NaN is in no range
+            raise RequestError(
+                f"length_penalty is {self.length_penalty}; allowed: -10 to 10", "length_penalty"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuations:
+    """Score these, as ids, instead of generating; `top` of the likeliest at each place as well."""
+
+    choices: tuple[tuple[int, ...], ...]
+    top: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """Tell one vector of the encoder's output, its mean, instead of generating."""
+
+
+Task = BeamParams | Continuations | Pooling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation: what the encoder reads, and how to go on.
+    """One piece of work: what the encoder reads, and how to go on; by sampling, without a `task`.
 
     `num_blanks` 0 continues the text; above 0 the encoder text holds that many sentinels and the
     answers are read between them. `adapter` is the soft prompt itself and not its name: a new
-    version changes nothing for a request that is on its way.
+    version changes nothing for a request that is on its way. `decoder_ids` is what the answer
+    begins with, given and not generated. `key` is on whose account it runs, `priority` above
+    another's goes first, `deadline_s` after its arrival it ends, whatever it has come to. With a
+    `salt` the encoder's output may be kept for requests of the same salt.
     """
 
     request_id: str
@@ -113,6 +160,12 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     num_blanks: int = 0
     adapter: Adapter | None = None
+    decoder_ids: tuple[int, ...] = ()
+    task: Task | None = None
+    key: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    salt: str | None = None
 
     @property
     def source(self) -> Source:
@@ -147,6 +200,68 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Log-probabilities (nats) of the tokens of a choice, each given those before it.
+
+    `is_greedy` tells whether each of them was the likeliest. `tokens` is there where the likeliest
+    were asked for.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+    tokens: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Of the whole choice."""
+        return sum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Per token: what perplexity is made of, so that long choices are not worse for it."""
+        return self.total / len(self.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """How likely the model found `decoder_ids`, before the first piece; where it was asked for."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What `Continuations` asked for, choice by choice."""
+
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What `Pooling` asked for: a vector of the model's width."""
+
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer of a beam search: its text, its ids with the end mark, its score."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What `BeamParams` asked for, best first."""
+
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The end of a request, with its accounts. Times in seconds.
 
@@ -170,10 +285,12 @@ class Failed:
     """The end of a request that the engine could not carry out.
 
     `is_shutdown`: for want of time only; another server, or this one when it is back, may do it.
+    `is_late`: its deadline passed before there was a first token.
     """
 
     message: str
     is_shutdown: bool = False
+    is_late: bool = False
 
 
-Event = Piece | Finished | Failed
+Event = Piece | PromptLogprobs | Scored | Embedded | Searched | Finished | Failed

@@ -14,7 +14,7 @@ from engine.config import ModelConfig
 from engine.errors import RequestError
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
-from engine.request import Request
+from engine.request import Request, Score
 from engine.sources import Source, gather
 from engine.tokenizer import Tokenizer
 
@@ -27,27 +27,6 @@ class Question:
 
     request: Request
     choices: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Log-probabilities (nats) of the tokens of a choice, each given those before it.
-
-    `is_greedy` tells whether each of them was the likeliest.
-    """
-
-    logprobs: tuple[float, ...]
-    is_greedy: bool
-
-    @property
-    def total(self) -> float:
-        """Of the whole choice."""
-        return sum(self.logprobs)
-
-    @property
-    def mean(self) -> float:
-        """Per token: what perplexity is made of, so that long choices are not worse for it."""
-        return self.total / len(self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,7 @@ class Reply:
                 headers = retry_headers(RETRY_S)
                 raise ApiError(503, event.message, code="shutting_down", headers=headers)
             raise ApiError(500, event.message, code="engine_failure")
+        assert isinstance(event, Finished)  # no completion asks for anything else
         if event.reason == "cancelled":
             raise ApiError(500, "the request was cancelled", code="engine_failure")
         text = transcript.close(event)

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from engine.adapter_table import MAX_NAMED, AdapterTable
 from engine.adapters import Adapter, Slots, load_adapter, model_fingerprint
-from engine.beam import BeamParams, beam_search
+from engine.beam import beam_search
 from engine.engine import Engine
 from engine.errors import CheckpointError, Overloaded, PromptTooLong, RequestError
 from engine.generation import generate
 from engine.prompt import build_request
-from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.request import BeamParams, Failed, Finished, Piece, Request, SamplingParams
 from engine.scheduler import Limits
 from engine.scoring import make_question, score
 from engine.sources import Source, gather

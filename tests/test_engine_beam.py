@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from engine.beam import BeamParams, answer_text, beam_search
+from engine.beam import answer_text, beam_search
 from engine.checkpoint_any import load_any
 from engine.errors import EngineError, RequestError
 from engine.generation import Generation, generate
 from engine.prompt import build_request
-from engine.request import Piece, Request, SamplingParams
+from engine.request import BeamParams, Piece, Request, SamplingParams
 from tests.tiny import MOE, byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()

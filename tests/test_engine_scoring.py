@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from engine.errors import RequestError
 from engine.generation import generate
 from engine.prompt import build_request, decoder_prefix
-from engine.request import SamplingParams
-from engine.scoring import Score, make_question, score
+from engine.request import SamplingParams, Score
+from engine.scoring import make_question, score
 from tests.tiny import DENSE, MOE, byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()
