@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.checkpoint_any import load_any
 from engine.checkpoint_writer import VOCABULARY_FILES, sync
 from engine.config import TokenizerKind
 from engine.model.moe import assign_greedy
@@ -183,6 +184,28 @@ def evaluate(model: Transformer, data: TrainingData, recipe: Recipe) -> FillRepo
         return evaluate_fill(model, batches, data.unigram_V, data.special_ids)
 
 
+def begin_model(recipe: Recipe) -> Transformer:
+    """The model at step 0: random, or that of the directory that the recipe starts from.
+
+    Raises ValueError if that one has another config than [model].
+    """
+    model = Transformer(recipe.model)
+    start = recipe.train.start
+    if not start:
+        initialize(model, recipe.train.seed)
+        return model
+    found = load_any(recipe.path(start), torch.float32)
+    given, wanted = asdict(found.config), asdict(recipe.model)
+    if differing := [name for name in wanted if wanted[name] != given[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"start {start} has {name} {given[name]!r}, [model] {wanted[name]!r}; write it as in "
+            "the config.json of the start"
+        )
+    model.load_state_dict(found.state_dict())
+    return model
+
+
 def train(
     recipe: Recipe, run: Path, data: TrainingData, on_step: OnStep | None = None
 ) -> Transformer:
@@ -196,8 +219,7 @@ def train(
     """
     settings = recipe.train
     run.mkdir(parents=True, exist_ok=True)
-    model = Transformer(recipe.model)
-    initialize(model, settings.seed)
+    model = begin_model(recipe)
     optimizer = build_optimizer(model, settings)
     start = load_state(run, model, optimizer)
     metrics = Metrics(run / "metrics.jsonl", start)

@@ -59,10 +59,12 @@ class TrainRecipe:
     """How long and how fast. One step = `accumulation` micro-batches of `rows` packed rows.
 
     `balanced_until` is the share of the steps routed by balanced assignment; afterwards routing is
-    greedy, as at inference. `warmup` and `decay` are shares of the steps.
+    greedy, as at inference. `warmup` and `decay` are shares of the steps. `start` is a model
+    directory to begin with, such as a grown one, relative to the recipe; none begins at random.
     """
 
     steps: int
+    start: str = ""
     rows: int = 16
     accumulation: int = 1
     optimizer: OptimizerName = "adamw"

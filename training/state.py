@@ -1,7 +1,9 @@
 """The state of a run on disk: weights, optimiser, step; safetensors only, written atomically."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,11 @@ def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Op
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in values.items()}
+    write_state(run, facts, tensors)
+
+
+def write_state(run: Path, facts: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of a state, named as `save_state` does, replacing the last one."""
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     partial = run / (STATE_FILE + ".partial")
     save_file(contiguous, partial, metadata={"infmoe": json.dumps(facts)})
@@ -36,9 +43,7 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if not path.exists():
         return 0
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["infmoe"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts, tensors = read_state(path)
         step, kind = int(facts["step"]), type(optimizer).__name__
         if facts.get("optimizer", kind) != kind:
             raise ValueError(f"it was made by {facts['optimizer']}, the recipe has {kind}")
@@ -52,6 +57,16 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
             "give another run folder or delete it"
         ) from error
     return step
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a state file tells of itself, and its tensors by name.
+
+    Raises SafetensorError, KeyError, TypeError or ValueError if it is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["infmoe"])
+        return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
