@@ -19,6 +19,7 @@ class _Entry:
 
     adapter: Adapter
     lent: weakref.ref[Adapter] | None = None
+    is_pinned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +53,11 @@ class AdapterTable:
         self._removed: list[_Entry] = []  # some may be in flight, and take room
 
     @property
+    def limit_bytes(self) -> int:
+        """What all vectors may take."""
+        return self._limit_bytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all vectors, with those that were removed but are in flight."""
         with self._lock:
@@ -62,8 +68,10 @@ class AdapterTable:
         with self._lock:
             return self._references()
 
-    def add(self, adapter: Adapter) -> None:
+    def add(self, adapter: Adapter) -> Adapter:
         """Take in an adapter, which is from now on what its name means; again, if it is known.
+
+        Returns what `resolve` does: held from the first moment, so room is not made by it.
 
         Raises CheckpointError if that version is known with another content or the vectors are
         larger than the whole table, Overloaded if there is no room beside those in flight.
@@ -82,6 +90,49 @@ class AdapterTable:
             self._entries[key] = known
             self._touch(key)
             self._current[adapter.name] = adapter.version
+            return known.lend()
+
+    def find(self, name: str, version: str) -> Adapter | None:
+        """As `resolve`, but None if that version is not here."""
+        with self._lock:
+            key = (name, version)
+            if key not in self._entries:
+                return None
+            self._touch(key)
+            return self._entries[key].lend()
+
+    def holds(self, name: str, version: str) -> bool:
+        """Whether that version is here; to ask is not to use."""
+        with self._lock:
+            return (name, version) in self._entries
+
+    def set_pin(self, name: str, version: str, *, is_pinned: bool) -> bool:
+        """Let a version stay, or no longer, when room is needed; False if it is not here."""
+        with self._lock:
+            entry = self._entries.get((name, version))
+            if entry is not None:
+                entry.is_pinned = is_pinned
+            return entry is not None
+
+    def count(self) -> tuple[int, int]:
+        """How many are here, and how many of them are pinned."""
+        with self._lock:
+            entries = self._entries.values()
+            return len(entries), sum(entry.is_pinned for entry in entries)
+
+    def discard(self, name: str, version: str) -> bool:
+        """As `remove`, but False if that version is not here."""
+        with self._lock:
+            is_here = (name, version) in self._entries
+            if is_here:
+                self._forget((name, version))
+            return is_here
+
+    def is_pinned(self, name: str, version: str) -> bool:
+        """Whether that version is here to stay."""
+        with self._lock:
+            entry = self._entries.get((name, version))
+            return entry is not None and entry.is_pinned
 
     def resolve(self, reference: str) -> Adapter:
         """Look up `name`, which means the version added last, or `name@version`.
@@ -128,13 +179,13 @@ class AdapterTable:
         for key, entry in self._entries.items():
             if used + needed <= limit:
                 break
-            if not entry.is_in_flight():
+            if not entry.is_in_flight() and not entry.is_pinned:
                 leaving.append(key)
                 used -= entry.nbytes
         if used + needed > limit:
             raise Overloaded(
-                f"adapter {adapter.reference} takes {needed:,} bytes, those in flight {used:,}; "
-                f"the table holds {limit:,}: try again later"
+                f"adapter {adapter.reference} takes {needed:,} bytes, those in flight or "
+                f"pinned {used:,}; the table holds {limit:,}: try again later"
             )
         for key in leaving:
             self._forget(key)
@@ -165,4 +216,5 @@ class AdapterTable:
 
 def _is_same(one: Adapter, other: Adapter) -> bool:
     same_base = one.base_fingerprint == other.base_fingerprint
-    return one.slots == other.slots and same_base and torch.equal(one.prompt_PD, other.prompt_PD)
+    same_words = one.slots == other.slots and one.defaults == other.defaults
+    return same_words and same_base and torch.equal(one.prompt_PD, other.prompt_PD)

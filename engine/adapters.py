@@ -6,7 +6,8 @@ Shape letters: P vectors, D model width.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,9 +30,23 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 OURS = "infmoe_adapter.json"  # what PEFT has no words for
 VECTORS = "prompt_embeddings"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 VERSION_CHARS = 12
 FINGERPRINT_ROWS = 256
+# What an adapter may set where a request does not, by name of the field, with the types it takes.
+DEFAULTS: dict[str, tuple[type, ...]] = {
+    "max_tokens": (int,),
+    "min_tokens": (int,),
+    "temperature": (float, int),
+    "top_k": (int,),
+    "top_p": (float, int),
+    "min_p": (float, int),
+    "typical_p": (float, int),
+    "repetition_penalty": (float, int),
+    "presence_penalty": (float, int),
+    "frequency_penalty": (float, int),
+    "stop": (list,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +62,11 @@ class Slots:
     middle_after: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for slot in fields(self):
+            value = getattr(self, slot.name)
             if type(value) is not int or value < 0:
                 raise CheckpointError(
-                    f"slots: {field.name} is {value!r}; it must be a whole number, 0 or more"
+                    f"slots: {slot.name} is {value!r}; it must be a whole number, 0 or more"
                 )
         if self.middle_after and not self.middle:
             raise CheckpointError(f"slots: middle_after is {self.middle_after}, but middle is 0")
@@ -68,7 +83,8 @@ class Adapter:
     """A soft prompt for the encoder, in the dtype and on the device of the model.
 
     `base_fingerprint` names the model that it was trained on (`model_fingerprint`), if known. The
-    vectors lie in `prompt_PD` in the order front, middle, back.
+    vectors lie in `prompt_PD` in the order front, middle, back. `defaults` are for the fields of a
+    request that are not given, under the names of `DEFAULTS`.
     """
 
     name: str
@@ -76,12 +92,13 @@ class Adapter:
     prompt_PD: Tensor
     slots: Slots
     base_fingerprint: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for what, value in (("name", self.name), ("version", self.version)):
             if not NAME.fullmatch(value):
                 raise CheckpointError(
-                    f"{what} {value[:100]!r} is none: up to 100 letters, digits and . _ -, the "
+                    f"{what} {value[:100]!r} is none: up to 64 letters, digits and . _ -, the "
                     "first a letter or digit"
                 )
         prompt_PD = self.prompt_PD
@@ -107,6 +124,27 @@ class Adapter:
         return len(self.prompt_PD)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The model that adapters are read for."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+
+
+def describe_base(model: Transformer) -> Base:
+    """What reading adapters needs to know of a model."""
+    weight = model.embedding.weight
+    return Base(
+        config=model.config,
+        dtype=weight.dtype,
+        device=weight.device,
+        fingerprint=model_fingerprint(model),
+    )
+
+
 def load_adapter(
     path: Path,
     config: ModelConfig,
@@ -114,12 +152,15 @@ def load_adapter(
     device: torch.device | str = "cpu",
     *,
     fingerprint: str | None = None,
+    name: str | None = None,
+    version: str | None = None,
 ) -> Adapter:
-    """Read a prompt-tuning folder of PEFT; the adapter has the name of the folder.
+    """Read a prompt-tuning folder of PEFT, as `name` (otherwise that of the folder) and `version`.
 
     `infmoe_adapter.json` beside PEFT's files may give slots (otherwise all vectors go in front), a
-    version (otherwise a checksum) and the fingerprint of the base. `fingerprint` is that of the
-    model that will read it; without one, vectors that were trained on any base are taken.
+    version where none is given (otherwise it is a checksum), the fingerprint of the base, and
+    defaults for requests. `fingerprint` is that of the model that will read it; without one,
+    vectors that were trained on any base are taken.
 
     Raises CheckpointError if a file is missing, damaged or a pickle, or the vectors do not fit.
     """
@@ -141,11 +182,12 @@ def load_adapter(
     slots = ours.slots or Slots(front=num_vectors)
     try:
         return Adapter(
-            name=path.name,
-            version=ours.version or _checksum(stored_PD, slots),
+            name=name or path.name,
+            version=version or ours.version or _checksum(stored_PD, ours),
             prompt_PD=convert_tensor(where, VECTORS, stored_PD, dtype).to(device),
             slots=slots,
             base_fingerprint=ours.base_fingerprint,
+            defaults=ours.defaults,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -160,7 +202,7 @@ def model_fingerprint(model: Transformer) -> str:
     same one.
     """
     config = model.config
-    given = {field.name: getattr(config, field.name) for field in fields(config)}
+    given = {f.name: getattr(config, f.name) for f in fields(config)}
     given = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
     step = -(-config.vocab_size // FINGERPRINT_ROWS)
     rows = model.embedding.weight.detach()[::step].to(torch.bfloat16).contiguous()
@@ -176,6 +218,7 @@ class _Ours:
     slots: Slots | None = None
     version: str | None = None
     base_fingerprint: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 def _read_peft_config(path: Path, config: ModelConfig) -> tuple[int, int]:
@@ -205,7 +248,7 @@ def _read_ours(path: Path) -> _Ours:
     if not path.exists():
         return _Ours()
     values = read_json(path)
-    known = [field.name for field in fields(_Ours)]
+    known = [f.name for f in fields(_Ours)]
     _refuse_unknown(path, values, known)
     for key in ("version", "base_fingerprint"):
         if not isinstance(values.get(key), str | None):
@@ -214,12 +257,26 @@ def _read_ours(path: Path) -> _Ours:
     if slots is not None:
         if not isinstance(slots, dict):
             raise CheckpointError(f"{path}: slots is {slots!r}; expected an object")
-        _refuse_unknown(path, slots, [field.name for field in fields(Slots)])
+        _refuse_unknown(path, slots, [f.name for f in fields(Slots)])
         try:
             slots = Slots(**slots)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+    _check_defaults(path, values.setdefault("defaults", {}))
     return _Ours(slots, **values)  # type: ignore[arg-type]  # checked above
+
+
+def _check_defaults(path: Path, defaults: object) -> None:
+    """Names and types only: what values are allowed, requests know (`engine.request`)."""
+    if not isinstance(defaults, dict):
+        raise CheckpointError(f"{path}: defaults is {defaults!r}; expected an object")
+    _refuse_unknown(path, defaults, list(DEFAULTS))
+    for key, value in defaults.items():
+        is_texts = not isinstance(value, list) or all(isinstance(text, str) for text in value)
+        if type(value) not in DEFAULTS[key] or not is_texts:
+            kinds = {int: "a whole number", float: "a number", list: "a list of texts"}
+            expected = kinds[DEFAULTS[key][0]]
+            raise CheckpointError(f"{path}: defaults: {key} is {value!r}; expected {expected}")
 
 
 def _refuse_unknown(path: Path, values: dict[str, object], known: list[str]) -> None:
@@ -253,8 +310,11 @@ def _open_vectors(path: Path) -> TensorFiles:
     return files
 
 
-def _checksum(stored_PD: Tensor, slots: Slots) -> str:
+def _checksum(stored_PD: Tensor, ours: _Ours) -> str:
     """A version for an adapter that has none: other content, other version."""
+    slots = ours.slots or Slots(front=len(stored_PD))
     digest = hashlib.sha256(repr(slots).encode())
+    if ours.defaults:
+        digest.update(json.dumps(ours.defaults, sort_keys=True).encode())
     digest.update(raw_bytes(stored_PD).data)
     return digest.hexdigest()[:VERSION_CHARS]

@@ -2,8 +2,9 @@
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from time import perf_counter
 
@@ -12,16 +13,16 @@ from torch import Tensor
 
 from engine.cache import RowCache
 from engine.errors import EngineError
-from engine.generation import Generation
+from engine.generation import Generation, tell_prompt
 from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request, TokenLogprob
-from engine.sampling import choose_token, tell_logprob
+from engine.sampling import GreedyChoice, choose_token, tell_logprob
 from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
-MAX_PREFIX = 2  # a start mark and a sentinel
+MAX_PREFIX = 2  # a start mark and a sentinel, before the ids of a request
 # What one row may be blamed for; anything else is our own mistake and ends the engine.
 ROW_ERRORS = (EngineError, RuntimeError, MemoryError)
 
@@ -39,6 +40,7 @@ class Row:
     queued_s: float = 0.0
     encode_s: float = 0.0
     moved_before: PipelineStats | None = None
+    cached_tokens: int = 0  # that the encoder need not read
     token_id: int = -1  # the newest, which the next step reads
     began: float = field(default_factory=perf_counter)
 
@@ -47,13 +49,36 @@ class Row:
         """What it answers."""
         return self.generation.request
 
-    def push(self, token_id: int, logprob: TokenLogprob | None) -> list[Event]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether its next token is the best that it has not banned once and for all."""
+        params = self.request.params
+        return (
+            params.temperature == 0
+            and not params.has_penalties
+            and not params.logit_bias
+            and params.logprobs is None
+            and self.generation.has_fixed_bans
+        )
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether it is still to be told how likely its decoder ids are."""
+        return self.request.params.prompt_logprobs is not None and not self.generation.num_tokens
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> list[Event]:
         """Take the chosen token; returns what may be told now."""
         self.token_id = token_id
         events: list[Event] = [*self.generation.push(token_id, logprob)]
         if self.generation.finish is not None:
             events.append(self._finished(*self.generation.finish))
         return events
+
+    def cut_short(self, detail: str) -> list[Event]:
+        """End it as it is; returns what had been held back, and the end."""
+        events: list[Event] = [*self.generation.cut_short(detail)]
+        assert self.generation.finish is not None
+        return [*events, self._finished(*self.generation.finish)]
 
     def _finished(self, reason: str, detail: str | int | None) -> Finished:
         return Finished(
@@ -65,6 +90,7 @@ class Row:
             queued_s=self.queued_s,
             encode_s=self.encode_s,
             decode_s=perf_counter() - self.began,
+            cached_tokens=self.cached_tokens,
         )
 
 
@@ -77,19 +103,37 @@ def make_row(request: Request, model: Transformer, tokenizer: Tokenizer) -> Row:
 
 
 class Batch:
-    """Rows that decode together; row i of the cache is that of `rows[i]`."""
+    """Rows that decode together; row i of the cache is that of `rows[i]`.
 
-    def __init__(self, model: Transformer, cache_bytes: int | None = None) -> None:
+    `on_error` is told of each error, also of those that a second try may mend.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache_bytes: int | None = None,
+        on_error: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         self._model = model
+        self._on_error = on_error
         self._cache = RowCache(model, cache_bytes)
+        self._greedy = GreedyChoice()
         self.rows: list[Row] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def has_room(self, sources: list[int], max_tokens: list[int]) -> bool:
-        """Whether rows of those lengths can join within the bytes that the caches may take."""
-        return self._cache.has_room(sources, [MAX_PREFIX + number for number in max_tokens])
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches."""
+        return self._cache.nbytes
+
+    def has_room(self, sources: list[int], targets: list[int]) -> bool:
+        """Whether rows of those lengths can join within the bytes that the caches may take.
+
+        Targets count what the decoder is given by its request, and what it may make.
+        """
+        return self._cache.has_room(sources, [MAX_PREFIX + number for number in targets])
 
     def join(
         self, rows: list[Row], encoded_BSD: Tensor, which: list[int]
@@ -109,6 +153,7 @@ class Batch:
                 [len(row.generation.prefix) + row.request.params.max_tokens for row in rows],
             )
         except ROW_ERRORS as error:
+            self._on_error(error)
             if len(rows) == 1:
                 logger.exception("%s has no room in the caches", rows[0].request.request_id)
                 return [(rows[0], [_failed(error)])]
@@ -143,51 +188,82 @@ class Batch:
             self.rows[index] = last
 
     def _advance(self, begin: int, tokens: list[list[int]]) -> list[tuple[Row, list[Event]]]:
-        """Feed each of the rows from `begin` on its tokens, all as many, and choose the next."""
-        rows = self.rows[begin : begin + len(tokens)]
-        return [
-            (row, self._choose(row, scores))
-            for row, scores in zip(rows, self._scores(begin, tokens), strict=True)
-        ]
+        """Feed each of the rows from `begin` on its tokens, all as many, and choose the next.
 
-    def _scores(self, begin: int, tokens: list[list[int]]) -> Iterator[Tensor | Exception]:
-        """Scores (V,) for each row, or why there are none. What fails together is tried alone."""
+        What fails together is tried alone.
+        """
+        rows = self.rows[begin : begin + len(tokens)]
+        made = self._feed(begin, tokens)
+        if isinstance(made, Failed):
+            return [(rows[0], [made])]
+        if made is None:  # not in `except`: the error keeps alive what the step had made
+            alone = enumerate(tokens, begin)
+            return [outcome for i, few in alone for outcome in self._advance(i, [few])]
+        return list(zip(rows, self._choose_all(rows, *made), strict=True))
+
+    def _feed(self, begin: int, tokens: list[list[int]]) -> tuple[Tensor, Tensor] | Failed | None:
+        """States (B, T, D) and scores (B, V) of rows; None if several failed."""
         end = begin + len(tokens)
         tokens_BT = torch.tensor(tokens, device=self._model.embedding.weight.device)
         cache = self._cache.view(begin, end)
         lengths_B = cache.lengths_B.clone()
-        scores_BV: Tensor | None = None
         try:
-            hidden_BTD = self._model.step(tokens_BT, cache)
-            scores_BV = self._model.logits(hidden_BTD[:, -1])
+            states_BTD = self._model.step(tokens_BT, cache)
+            scores_BV = self._model.logits(states_BTD[:, -1])
         except ROW_ERRORS as error:
+            self._on_error(error)
             cache.lengths_B.copy_(lengths_B)
-            if len(tokens) == 1:
-                logger.exception("%s failed", self.rows[begin].request.request_id)
-                yield error
-                return
-        if scores_BV is None:  # not in `except`: the error keeps alive what the step had made
-            for index, row_tokens in enumerate(tokens, begin):
-                yield from self._scores(index, [row_tokens])
-            return
+            if len(tokens) > 1:
+                return None
+            logger.exception("%s failed", self.rows[begin].request.request_id)
+            return _failed(error)
         self._cache.advance(begin, end, tokens_BT.shape[1])
-        yield from scores_BV
+        return states_BTD, scores_BV
 
-    def _choose(self, row: Row, scores_V: Tensor | Exception) -> list[Event]:
-        if isinstance(scores_V, Exception):
-            return [_failed(scores_V)]
+    def _choose_all(
+        self, rows: Sequence[Row], states_BTD: Tensor, scores_BV: Tensor
+    ) -> list[list[Event]]:
+        """Choose a token for each row: for all that are plain at once, one by one for others."""
+        plain = [i for i, row in enumerate(rows) if row.is_plain and not row.wants_prompt]
+        chosen: dict[int, int | None] = {}
+        if plain:
+            try:
+                plain_BV = scores_BV if len(plain) == len(rows) else scores_BV[plain]
+                shape = plain_BV.shape[1], plain_BV.device
+                bans = [rows[i].generation.fixed_bans(*shape) for i in plain]
+                chosen = dict(zip(plain, self._greedy.choose(plain_BV, bans), strict=True))
+            except ROW_ERRORS as error:  # each goes alone then
+                self._on_error(error)
+        return [
+            self._guard(row, partial(row.push, token_id))
+            if (token_id := chosen.get(i)) is not None
+            else self._choose(row, states_BTD[i], scores_BV[i])
+            for i, row in enumerate(rows)
+        ]
+
+    def _choose(self, row: Row, states_TD: Tensor, scores_V: Tensor) -> list[Event]:
         generation, params = row.generation, row.request.params
         asked = params.logprobs
-        try:
+
+        def choose() -> list[Event]:
+            told = [tell_prompt(self._model, generation, states_TD)] if row.wants_prompt else []
             banned_V = generation.ban(scores_V)
             token_id = choose_token(banned_V, params, row.generator, generation.counts)
             logprob = None if asked is None else tell_logprob(scores_V, token_id, asked)
+            return [*told, *row.push(token_id, logprob)]
+
+        return self._guard(row, choose)
+
+    def _guard(self, row: Row, work: Callable[[], list[Event]]) -> list[Event]:
+        """Do what may fail for one row, and say so if it does."""
+        try:
+            return work()
         except EngineError as error:
             return [Failed(f"the engine could not go on: {error}")]
         except ROW_ERRORS as error:
+            self._on_error(error)
             logger.exception("%s failed in the sampler", row.request.request_id)
             return [_failed(error)]
-        return row.push(token_id, logprob)
 
     def _let_go(self, outcomes: list[tuple[Row, list[Event]]]) -> None:
         for row, events in outcomes:

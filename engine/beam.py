@@ -1,10 +1,10 @@
-"""Beam search for one text: the likeliest of many ways to go on, not the greediest.
+"""Beam search for a text: the likeliest of many ways to go on, not the greediest.
 
 CPM-2's translation uses 4 beams. The definition is that of transformers' generation (without
 sampling), which the tests hold this to. Shape letters: W beams, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from engine.config import ModelConfig
 from engine.errors import EngineError, RequestError
 from engine.generation import Generation
 from engine.model.transformer import DecoderCache, Transformer
-from engine.request import BeamParams, Request
+from engine.request import Answer, BeamParams, Request
 from engine.sources import gather
 from engine.tokenizer import Tokenizer
 
@@ -62,16 +62,40 @@ def beam_search(
     max_tokens do.
     Raises RequestError for blanks to fill, EngineError if the model's scores are not finite.
     """
+    require_no_blanks(request)
+    row = Generation(request, tokenizer, model.config)
+    steps = search(model, row, model.encode(*gather(model, [request.source])), params)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: list[Hypothesis] = end.value
+            return found
+
+
+def require_no_blanks(request: Request) -> None:
+    """Raise RequestError for blanks to fill."""
     if request.num_blanks:
         raise RequestError("beam search continues texts; it does not fill blanks", "num_beams")
-    row = Generation(request, tokenizer, model.config)
-    cache = _start(model, request, len(row.prefix), params.num_beams)
+
+
+def search(
+    model: Transformer, row: Generation, encoded_1SD: Tensor, params: BeamParams
+) -> Generator[None, None, list[Hypothesis]]:
+    """The same for a text that was encoded: yields after each step, so that others may compute.
+
+    `row` tells what the decoder begins with, what is banned and what ends a text. Raises
+    EngineError if the model's scores are not finite.
+    """
+    request = row.request
+    cache = _start(model, row, encoded_1SD, params.num_beams)
     finished = _Finished(params)
     beams: list[tuple[int, ...]] = [()] * params.num_beams
     logprobs_W = torch.full((params.num_beams,), -1e9)
     logprobs_W[0] = 0.0  # all beams are alike at first: only one may go on
     tokens = [list(row.prefix)] * params.num_beams
     for length in range(1, request.params.max_tokens + 1):
+        row.num_tokens = length - 1  # of each beam; before min_tokens none may end
         steps_WV = _next_logprobs(model, cache, tokens, row)
         picked = _pick(logprobs_W, steps_WV, (1 + max(1, len(row.closing))) * params.num_beams)
         is_last = length == request.params.max_tokens
@@ -88,6 +112,7 @@ def beam_search(
         logprobs_W = torch.tensor([logprob for logprob, _, _ in still_open])
         tokens = [[token_id] for _, _, token_id in still_open]
         _reorder(cache, [beam for _, beam, _ in still_open])
+        yield
     return finished.kept
 
 
@@ -95,19 +120,30 @@ def answer_text(
     request: Request, tokenizer: Tokenizer, config: ModelConfig, answer: Hypothesis
 ) -> str:
     """The text of an answer, without its end mark; stop strings cut it."""
+    return make_answer(request, tokenizer, config, answer).text
+
+
+def make_answer(
+    request: Request, tokenizer: Tokenizer, config: ModelConfig, found: Hypothesis
+) -> Answer:
+    """What is told of a hypothesis: its text up to a stop string, and why it ended there."""
     row = Generation(request, tokenizer, config)
     pieces = []
-    for token_id in answer.token_ids:
+    for token_id in found.token_ids:
         if row.finish is None:
             pieces += row.push(token_id)
-    return "".join(piece.text for piece in pieces)
+    assert row.finish is not None  # it holds an end mark, or as many tokens as may be
+    text = "".join(piece.text for piece in pieces)
+    return Answer(text, found.token_ids, found.score, *row.finish)
 
 
-def _start(model: Transformer, request: Request, num_prefix: int, num_beams: int) -> DecoderCache:
+def _start(
+    model: Transformer, row: Generation, encoded_1SD: Tensor, num_beams: int
+) -> DecoderCache:
     """Caches of W rows that read one text; its projections are there once, shared by all."""
-    source = gather(model, [request.source])
-    capacity = num_prefix + request.params.max_tokens
-    cache = model.start_cache(model.encode(*source), source.segments_BS, capacity)
+    capacity = len(row.prefix) + row.request.params.max_tokens
+    real_1S = torch.ones(encoded_1SD.shape[:2], dtype=torch.int64, device=encoded_1SD.device)
+    cache = model.start_cache(encoded_1SD, real_1S, capacity)
     wide = (num_beams, -1, -1, -1)
     return DecoderCache(
         [keys.repeat(num_beams, 1, 1, 1) for keys in cache.self_keys],

@@ -14,6 +14,9 @@ reads every weight that the token meets once, so
 
     share of the memory limit = bytes of those weights x decoded tokens/s / bandwidth
 
+Where asked for, ours runs in batch-invariant mode as well: what that costs is the ratio of ours
+over invariant. And 64 texts are read with 64 adapters and with one, which should take as long.
+
 The bandwidth is what a plain read of a large array reaches, the better of before and after. Where
 the last cache holds the weights, the share can come out above 1.
 """
@@ -26,7 +29,9 @@ from pathlib import Path
 import torch
 
 from engine.bench import commit, decoder_bytes, spread
+from engine.bench_engine_adapters import measure_adapters
 from engine.bench_engine_contenders import (
+    INVARIANT,
     KINDS,
     MAX_ROWS,
     Answer,
@@ -46,14 +51,17 @@ from engine.model.transformer import Transformer
 
 STATIC_ROWS = 8
 OURS = "ours-bf16"
-UNEVEN = (OURS, "transformers-bf16")
+UNEVEN = (OURS, INVARIANT, "transformers-bf16")
 FIRST_ID = 3  # after padding, end and unknown
 LAST_ARRIVAL_S = {"tiny": 0.05, "mid": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to measure. The models are written into `folder`, if they are not there."""
+    """What to measure. The models are written into `folder`, if they are not there.
+
+    `invariant` adds the contender of that name, `adapters` is how many are read at once; 0: none.
+    """
 
     folder: Path
     sizes: tuple[str, ...] = ("tiny", "mid")
@@ -63,6 +71,8 @@ class Settings:
     decode_tokens: int = 24
     uneven_texts: int = 32
     repeats: int = 5
+    invariant: bool = False
+    adapters: int = 0
 
     def __post_init__(self) -> None:
         for given, known in ((self.sizes, SIZES), (self.skip, KINDS)):
@@ -153,7 +163,13 @@ def measure_size(settings: Settings, size: str) -> dict[str, object]:
     measured = [run for run in runs if run.seed]
     rows = {name: make_row(name, notes.get(name), measured) for name in KINDS}
     ours = contenders.get(OURS)
-    share = memory_share(ours.model, measured, bandwidth) if isinstance(ours, OurRunner) else {}
+    share: dict[str, object] = {}
+    if isinstance(ours, OurRunner):
+        share = memory_share(ours.model, measured, bandwidth)
+        if settings.adapters:
+            tell(f"{size}: {settings.adapters} adapters")
+            texts = even_texts(settings, config, settings.adapters, 0)
+            share["adapters"] = measure_adapters(ours.model, texts, settings.repeats)
     return {
         "rows": rows,
         "tokens_equal": compare_tokens(runs),
@@ -170,6 +186,8 @@ def find_obstacles(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> dic
         for name, kind in kinds.items()
         if not is_installed(kind)
     }
+    if INVARIANT in kinds and not settings.invariant:
+        notes[INVARIANT] = "not asked for: --invariant"
     return notes | dict.fromkeys(settings.skip, "skipped")
 
 

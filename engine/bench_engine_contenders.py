@@ -14,26 +14,34 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from engine.adapters import Adapter
 from engine.checkpoint_any import load_any
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.model.transformer import Transformer
+from engine.model.layers import Linear
+from engine.model.packed import can_pack, pack_linears
+from engine.model.transformer import Transformer, set_invariant
 from engine.request import Event, Failed, Finished, Piece, Request, SamplingParams
 from engine.scheduler import Limits
 
 if TYPE_CHECKING:
     from transformers import T5ForConditionalGeneration
 
+INVARIANT = "invariant-bf16"
 MAX_ROWS = 32
 SETTLE_S = 0.25  # Intel's OpenMP threads spin for 0.2 s after their work, in the way of the next
 
 
 class Text(NamedTuple):
-    """Ids for the encoder, the number of tokens to make, and when it arrives, in seconds."""
+    """Ids for the encoder, the number of tokens to make, and when it arrives, in seconds.
+
+    Ours alone can read it with an adapter.
+    """
 
     ids: tuple[int, ...]
     num_tokens: int
     arrives_s: float = 0.0
+    adapter: Adapter | None = None
 
 
 class Answer(NamedTuple):
@@ -115,10 +123,10 @@ class BenchJob:
 class OurRunner:
     """The engine, for itself on one thread; its caches stay as they have grown, as in a server."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, max_rows: int = MAX_ROWS) -> None:
         self.model = model
         tokenizer = IdTokenizer(model.config.vocab_size)
-        self._engine: Engine[BenchJob] = Engine(model, tokenizer, Limits(max_rows=MAX_ROWS))
+        self._engine: Engine[BenchJob] = Engine(model, tokenizer, Limits(max_rows=max_rows))
 
     def generate(self, texts: Sequence[Text]) -> list[Answer]:
         """Answer texts, each from the time of its arrival on."""
@@ -136,7 +144,9 @@ class OurRunner:
 
 def _make_job(index: int, text: Text, began: float) -> BenchJob:
     params = SamplingParams(max_tokens=text.num_tokens, ignore_eos=True)
-    request = Request(request_id=f"text-{index}", encoder_ids=text.ids, params=params)
+    request = Request(
+        request_id=f"text-{index}", encoder_ids=text.ids, params=params, adapter=text.adapter
+    )
     return BenchJob(request, began + text.arrives_s)
 
 
@@ -146,7 +156,21 @@ def _sleep_until(when: float) -> None:
 
 def open_ours(directory: Path, dtype: torch.dtype) -> OurRunner:
     """Load a model as the server does that has memory enough."""
-    return OurRunner(load_any(directory, dtype))
+    return OurRunner(_load_ours(directory, dtype))
+
+
+def open_invariant(directory: Path, dtype: torch.dtype) -> OurRunner:
+    """The same in batch-invariant mode."""
+    model = _load_ours(directory, dtype)
+    set_invariant(model)
+    return OurRunner(model)
+
+
+def _load_ours(directory: Path, dtype: torch.dtype) -> Transformer:
+    model = load_any(directory, dtype)
+    if can_pack(dtype):
+        pack_linears(model, Linear)
+    return model
 
 
 class FirstToken:
@@ -295,6 +319,7 @@ def open_ctranslate2(directory: Path, dtype: torch.dtype) -> CTranslate2Runner:
 
 KINDS = {
     "ours-bf16": Kind("torch", torch.bfloat16, open_ours),
+    INVARIANT: Kind("torch", torch.bfloat16, open_invariant),
     "transformers-bf16": Kind("transformers", torch.bfloat16, open_transformers),
     "ours-fp32": Kind("torch", torch.float32, open_ours),
     "transformers-fp32": Kind("transformers", torch.float32, open_transformers),

@@ -115,7 +115,13 @@ def print_report(report: Mapping[str, object]) -> None:
         print(f"\n{size:<20}{'case':<9}{'tokens/s':<32}{'decode tokens/s':<32}first token ms")
         for name, row in model["rows"].items():
             _print_row(name, row)
-        for key in ("memory_gb_per_s", "share_of_memory_limit", "tokens_equal", "ratios"):
+        for key in (
+            "memory_gb_per_s",
+            "share_of_memory_limit",
+            "tokens_equal",
+            "ratios",
+            "adapters",
+        ):
             _print_facts(key, model.get(key))
     print(json.dumps(report))
 

@@ -31,6 +31,7 @@ from engine.config import ModelConfig, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.model.moe import ExpertSource
 from engine.model.transformer import Transformer
+from engine.progress import OnBytes, ignore_bytes
 from offload.layout import BlobLayout
 from offload.store import ExpertStore, open_store
 
@@ -43,10 +44,17 @@ class NativeSource:
 
     kind = "native"
 
-    def __init__(self, directory: Path, config: ModelConfig, tensors: TensorFiles) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        tensors: TensorFiles,
+        on_bytes: OnBytes = ignore_bytes,
+    ) -> None:
         self.directory = directory
         self.config = config
         self._tensors = tensors
+        self._on_bytes = on_bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +75,9 @@ class NativeSource:
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of all that is not an expert."""
         for name in self._tensors.names():
-            yield name, self._tensors.tensor(name)
+            tensor = self._tensors.tensor(name)
+            self._on_bytes(tensor.nbytes)
+            yield name, tensor
 
     def expert_layout(self) -> BlobLayout | None:
         """How an expert lies in a blob of the first layer; None if the model is dense."""
@@ -85,31 +95,39 @@ class NativeSource:
         with translated(path, "read"), _open_layer(path, layer, self.config) as store:
             blob = np.empty(store.layout.blob_bytes, np.uint8)
             for expert in range(store.num_experts):
-                yield float_tensors(store.read_blob(expert, blob), store.layout)
+                read = store.read_blob(expert, blob)
+                self._on_bytes(store.layout.blob_bytes)
+                yield float_tensors(read, store.layout)
 
 
-def open_native(directory: Path) -> NativeSource:
-    """Open a native directory; only headers are read. Raises CheckpointError if it is damaged."""
+def open_native(directory: Path, on_bytes: OnBytes = ignore_bytes) -> NativeSource:
+    """Open a native directory; only headers are read. Raises CheckpointError if it is damaged.
+
+    `on_bytes` is told of each part that is read later on.
+    """
     check_directory(directory)
     try:
         config = read_config(directory / CONFIG)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    source = NativeSource(directory, config, open_tensor_files(directory))
+    source = NativeSource(directory, config, open_tensor_files(directory), on_bytes)
     if missing := [path for path in source.files if not path.exists()]:
         raise CheckpointError(f"{missing[0]}: is missing; copy or convert the model again")
     return source
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype | None = None, experts: ExpertSource | None = None
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    experts: ExpertSource | None = None,
+    on_bytes: OnBytes = ignore_bytes,
 ) -> Transformer:
     """Build the model of a native directory on the CPU; dtype None keeps the stored one.
 
     With `experts` given (offloaded ones) only the rest is read; else all are held in memory.
     Raises CheckpointError if a tensor is missing, left over, misshapen or damaged.
     """
-    source = open_native(directory)
+    source = open_native(directory, on_bytes)
     dtype = dtype or source.dtype
     config = source.config
     return build_model(str(directory), config, dtype, source.dense(), source.experts, experts)

@@ -1,8 +1,10 @@
 """Telling the kind of a model directory, and building the model of any kind as it is."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint import build_model, check_directory, load_model
 from engine.checkpoint_cpm2 import find_iteration
@@ -10,6 +12,7 @@ from engine.checkpoint_hf import is_huggingface, open_huggingface
 from engine.checkpoint_writer import CONFIG
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
+from engine.progress import OnBytes, ignore_bytes
 
 
 def detect_kind(path: Path) -> str:
@@ -30,7 +33,9 @@ def detect_kind(path: Path) -> str:
     )
 
 
-def load_any(path: Path, dtype: torch.dtype | None = None) -> Transformer:
+def load_any(
+    path: Path, dtype: torch.dtype | None = None, on_bytes: OnBytes = ignore_bytes
+) -> Transformer:
     """Build the model of a directory of any kind, as it is; dtype None keeps the stored one.
 
     Raises CheckpointError if its weights are pickles, which only a conversion reads.
@@ -39,7 +44,14 @@ def load_any(path: Path, dtype: torch.dtype | None = None) -> Transformer:
     if kind == "cpm2":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind == "native":
-        return load_model(path, dtype)
+        return load_model(path, dtype, on_bytes=on_bytes)
     source = open_huggingface(path)
     dtype = dtype or source.dtype
-    return build_model(str(path), source.config, dtype, source.dense(), source.experts)
+    dense = _told(source.dense(), on_bytes)
+    return build_model(str(path), source.config, dtype, dense, source.experts)
+
+
+def _told(dense: Iterable[tuple[str, Tensor]], on_bytes: OnBytes) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in dense:
+        on_bytes(tensor.nbytes)
+        yield name, tensor

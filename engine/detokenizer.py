@@ -10,29 +10,34 @@ class Detokenizer:
     """Turns ids into text one by one; joined, the pieces are what `Tokenizer.decode` gives.
 
     Each id costs the same, however long the text. What is returned is final: bytes that may yet
-    become a character wait for the next id or for `flush`.
+    become a character wait for the next id or for `flush`. `before` are ids whose text was told
+    already, and which this one goes on from.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._state = 0
+        self.state = 0  # of the tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in before:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """Text that this id completes; empty if none is."""
-        spelled, self._state = self._tokenizer.spell(token_id, self._state)
+        spelled, self.state = self._tokenizer.spell(token_id, self.state)
         return self._utf8.decode(spelled)
 
     def flush(self) -> str:
         """End the text: U+FFFD if half a character is left. The next `push` begins a new text."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
-        self._state = 0
+        self.state = 0
         return rest
 
 
 class StopMatcher:
     """Passes text on up to the first stop string, of which it never shows any part.
+
+    If the stop string `is_shown`, the text goes on to its end, and nothing need be held back.
 
     The stop string that is complete first ends the text, as if each character came alone, so how
     the text is cut into pieces changes nothing; of two complete at once the longer one counts. With
@@ -41,12 +46,13 @@ class StopMatcher:
     Source: Knuth, Morris, Pratt, Fast pattern matching in strings (1977), one automaton per string.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, is_shown: bool = False) -> None:
         if "" in stops:
             raise ValueError("a stop string is empty; it would end every text before its beginning")
         self._stops = [(stop, _borders(stop)) for stop in dict.fromkeys(stops)]
         self._lengths = [0] * len(self._stops)  # how much of each stop the text ends with
         self._held = ""
+        self._is_shown = is_shown
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
@@ -58,10 +64,11 @@ class StopMatcher:
         for end, char in enumerate(text, start + 1):
             self.matched = self._advance(char)
             if self.matched is not None:
-                shown = self._held[: end - len(self.matched)]
+                shown = self._held[: end if self._is_shown else end - len(self.matched)]
                 self._held = ""
                 return shown
-        safe = len(self._held) - max(self._lengths, default=0)
+        begun = 0 if self._is_shown else max(self._lengths, default=0)
+        safe = len(self._held) - begun
         shown, self._held = self._held[:safe], self._held[safe:]
         return shown
 

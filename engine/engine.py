@@ -2,23 +2,32 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.batch import ROW_ERRORS, Batch, Row, make_row
+from engine.demands import check_task, make_demand, num_rows, search_bytes
+from engine.errors import EngineError, RequestError
+from engine.failures import DeviceLost, is_device_lost, is_out_of_memory
 from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request
+from engine.room import Room
 from engine.scheduler import Demand, Limits, Scheduler
 from engine.sources import Source, encode_layers
+from engine.stats import CacheStats, WorkStats
+from engine.tasks import Course, Courses, start_task
 from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
+
+GOOD_TURNS = 100  # without an error, for one more row after memory ran out
 
 
 class Job(Protocol):
@@ -35,6 +44,21 @@ class Job(Protocol):
 
 
 J = TypeVar("J", bound=Job)
+Member = Row | Course
+
+
+class Accounts(NamedTuple):
+    """What a request has cost before it joined. Times in seconds."""
+
+    queued_s: float
+    encode_s: float
+    moved_before: PipelineStats | None
+    cached_tokens: int = 0
+
+    def write(self, member: Member) -> None:
+        """Let a row or a task tell it at its end."""
+        member.queued_s, member.encode_s = self.queued_s, self.encode_s
+        member.moved_before, member.cached_tokens = self.moved_before, self.cached_tokens
 
 
 @dataclass(slots=True)
@@ -51,7 +75,8 @@ class Sweep(Generic[J]):
 class Engine(Generic[J]):
     """Carries out requests together. For one thread; `turn` is the whole of it.
 
-    `moved` tells what was counted of offloaded experts so far.
+    `moved` tells what was counted of offloaded experts so far. `noted` is when it was last known to
+    go on: a turn notes each of its parts.
     """
 
     def __init__(
@@ -64,69 +89,192 @@ class Engine(Generic[J]):
         self._model = model
         self._tokenizer = tokenizer
         self._moved = moved
-        self._batch = Batch(model, limits.cache_bytes)
-        self._jobs: dict[Row, J] = {}
+        self._room = Room(model, limits, self._note_error)
+        self._jobs: dict[Member, J] = {}
         self._sweep: Sweep[J] | None = None
-        self._retries: deque[J] = deque()  # texts that failed together go again alone
+        self._retries: deque[J] = deque()  # alone: those that failed together, for one
+        self._good_turns = 0
+        self._lacks_memory = False
         self.scheduler: Scheduler[J] = Scheduler(limits)
+        self.noted = perf_counter()
+        self.work = WorkStats()
+
+    @property
+    def _batch(self) -> Batch:
+        return self._room.batch
+
+    @property
+    def _courses(self) -> Courses:
+        return self._room.courses
+
+    @property
+    def known(self) -> CacheStats:
+        """What is kept of the encoder's outputs."""
+        return self._room.known.stats
 
     @property
     def running(self) -> int:
         """Requests that are being encoded or decoded."""
         sweep = self._sweep  # other threads ask, and it may end meanwhile
-        return len(self._batch) + len(self._retries) + (len(sweep.jobs) if sweep else 0)
+        encoding = len(self._retries) + (len(sweep.jobs) if sweep else 0)
+        return len(self._batch) + len(self._courses) + encoding
 
     def num_waiting(self) -> int:
         """Requests that wait to be begun and that somebody waits for."""
         return self.scheduler.count(lambda job: not job.is_cancelled())
 
+    def check(self, request: Request) -> None:
+        """Raise RequestError if a request could never be carried out. For any thread."""
+        check_task(request, self._model.config)
+        needed, limit = search_bytes(request, self._model), self.scheduler.limits.cache_bytes
+        if limit is not None and needed > limit:
+            raise RequestError(
+                f"a search of {num_rows(request)} beams takes {needed:,} bytes of caches for this "
+                f"text and max_tokens; there are {limit:,}: ask for less, or give more memory",
+                "num_beams",
+            )
+
     def add(self, job: J) -> None:
-        """Queue a request."""
-        request = job.request
-        demand = Demand(
-            source_tokens=request.source.num_positions,
-            max_tokens=request.params.max_tokens,
-            arrived=job.submitted,
-            key=request.adapter.name if request.adapter else "",
-        )
-        self.scheduler.add(demand, job)
+        """Queue a request, which `check` has let pass."""
+        self.scheduler.add(make_demand(job.request, self._model, job.submitted), job)
 
     @torch.inference_mode()
     def turn(self) -> list[tuple[J, Event]]:
         """Let in, go on by one layer of the encoder and one token of each row; say what happened.
 
-        Each job's last event is Finished or Failed; a job that is cancelled has no more events.
+        Beam searches go on by a token as well, and one other task by a pass. Each job's last event
+        is Finished or Failed; a job that is cancelled has no more events.
+        Raises DeviceLost if nothing more can be computed.
         """
+        self.noted = perf_counter()
         self._forget_cancelled()
-        self._begin_sweep()
-        told = self._encode_layer()
-        return told + self._tell(self._batch.step())
+        told = self._end_late(self.noted)
+        told += self._join_known()
+        told += self._begin_sweep()
+        told += self._encode_layer()
+        self.noted = perf_counter()
+        self.work = self.work.with_step(len(self._batch))
+        told += self._tell(self._batch.step())
+        self.noted = perf_counter()
+        told += self._tell(self._courses.step())
+        self._adapt_rows()
+        return told
+
+    # --- who leaves early
 
     def _forget_cancelled(self) -> None:
         self.scheduler.drop(lambda _, job: job.is_cancelled())
-        self._retries = deque(job for job in self._retries if not job.is_cancelled())
-        if self._sweep is not None and all(job.is_cancelled() for job in self._sweep.jobs):
-            self._sweep = None
-        for row, job in list(self._jobs.items()):
+        self._drop_unencoded(lambda job: job.is_cancelled())
+        for member, job in list(self._jobs.items()):
             if job.is_cancelled():
-                self._batch.leave(row)
-                del self._jobs[row]
+                self._leave(member)
 
-    def _begin_sweep(self) -> None:
-        if self._sweep is not None:
-            return
-        if self._retries:
-            jobs = [self._retries.popleft()]
+    def _end_late(self, now: float) -> list[tuple[J, Event]]:
+        """End those whose deadline has passed: rows with what they have, others with nothing."""
+
+        def is_late(job: J) -> bool:
+            deadline_s = job.request.deadline_s
+            return deadline_s is not None and job.submitted + deadline_s <= now
+
+        late = self.scheduler.drop(lambda _, job: is_late(job))
+        late += self._drop_unencoded(is_late)
+        told: list[tuple[J, Event]] = []
+        for member, job in [(m, j) for m, j in self._jobs.items() if is_late(j)]:
+            if isinstance(member, Row):
+                told += [(job, event) for event in self._cut_short(member)]
+            else:
+                late.append(job)
+            self._leave(member)
+        for job in late:
+            text = f"the deadline of {job.request.deadline_s:g} s passed before there was an answer"
+            told.append((job, Failed(text, is_late=True)))
+        return told
+
+    def _cut_short(self, row: Row) -> list[Event]:
+        try:
+            return [self._with_moved(row, event) for event in row.cut_short("timeout")]
+        except ROW_ERRORS as error:
+            return [_failed(error)]
+
+    def _drop_unencoded(self, is_unwanted: Callable[[J], bool]) -> list[J]:
+        """Take out those that are being encoded; a sweep that nobody waits for ends."""
+        sweep = self._sweep
+        dropped = [job for job in self._retries if is_unwanted(job)]
+        self._retries = deque(job for job in self._retries if not is_unwanted(job))
+        if sweep is not None:
+            dropped += [job for job in sweep.jobs if is_unwanted(job)]
+            sweep.jobs = [job for job in sweep.jobs if not is_unwanted(job)]
+            if not sweep.jobs:
+                self._sweep = None
+        return dropped
+
+    def _leave(self, member: Member) -> None:
+        if isinstance(member, Row):
+            self._batch.leave(member)
         else:
-            jobs = self.scheduler.next_sweep(perf_counter(), self.running, self._has_room)
-        if not jobs:
-            return
-        texts = list(dict.fromkeys(job.request.source for job in jobs))
-        self._sweep = Sweep(jobs, texts, encode_layers(self._model, texts), self._moved())
+            self._courses.leave(member)
+        del self._jobs[member]
+
+    # --- who comes in
+
+    def _unencoded(self) -> list[Demand]:
+        """Of those that are let in but have no place yet."""
+        jobs = [*self._retries, *(self._sweep.jobs if self._sweep else ())]
+        return [make_demand(job.request, self._model) for job in jobs]
+
+    def _num_rows(self) -> int:
+        """Rows that are taken or promised."""
+        promised = sum(demand.rows for demand in self._unencoded())
+        return len(self._batch) + self._courses.num_rows + promised
 
     def _has_room(self, demands: list[Demand]) -> bool:
-        sources = [demand.source_tokens for demand in demands]
-        return self._batch.has_room(sources, [demand.max_tokens for demand in demands])
+        return self._room.admits(self._unencoded(), demands)
+
+    def _join_known(self) -> list[tuple[J, Event]]:
+        """Let in those whose turn it is and whose texts were encoded before."""
+        known = self._room.known
+        if not len(known):
+            return []
+        jobs = self.scheduler.next_ready(
+            self._num_rows(), self._has_room, lambda job: known.knows(job.request)
+        )
+        # to let one in may have taken the bytes in which its text was kept
+        self._retries += [job for job in jobs if not known.knows(job.request)]
+        return self._join_from_cache([job for job in jobs if known.knows(job.request)])
+
+    def _join_from_cache(self, jobs: list[J]) -> list[tuple[J, Event]]:
+        now, moved = perf_counter(), self._moved()
+        members, outputs = [], []
+        for job in jobs:
+            encoded_SD = self._room.known.find(job.request)
+            assert encoded_SD is not None
+            accounts = Accounts(now - job.submitted, 0.0, moved, len(job.request.encoder_ids))
+            members.append((job, accounts))
+            outputs.append(encoded_SD)
+        if not members:
+            return []
+        encoded_BSD = pad_sequence(outputs, batch_first=True)
+        return self._join(members, encoded_BSD, list(range(len(members))))
+
+    def _begin_sweep(self) -> list[tuple[J, Event]]:
+        """Begin with the next texts, if none are being read; some may turn out to be known."""
+        if self._sweep is not None:
+            return []
+        jobs = [self._retries.popleft()] if self._retries else self._next_sweep()
+        known = self._room.known
+        unknown = [job for job in jobs if not known.knows(job.request)]
+        ready = [job for job in jobs if known.knows(job.request)]
+        for job in unknown:
+            known.find(job.request)  # is counted: as missed
+        if unknown:
+            texts = list(dict.fromkeys(job.request.source for job in unknown))
+            self._sweep = Sweep(unknown, texts, encode_layers(self._model, texts), self._moved())
+            num_tokens = sum(text.num_positions for text in texts)
+            self.work = self.work.with_sweep(len(texts), num_tokens)
+        return self._join_from_cache(ready)
+
+    def _next_sweep(self) -> list[J]:
+        return self.scheduler.next_sweep(perf_counter(), self._num_rows(), self._has_room)
 
     def _encode_layer(self) -> list[tuple[J, Event]]:
         """Go on with the sweep; when it is through, its jobs join the batch."""
@@ -137,8 +285,9 @@ class Engine(Generic[J]):
             next(sweep.layers)
         except StopIteration as end:
             self._sweep = None
-            return self._join(sweep, end.value)
+            return self._end_sweep(sweep, end.value)
         except ROW_ERRORS as error:
+            self._note_error(error)
             self._sweep = None
             if len(sweep.jobs) > 1:
                 self._retries += sweep.jobs
@@ -148,32 +297,90 @@ class Engine(Generic[J]):
             return [(sweep.jobs[0], Failed(text))]
         return []
 
-    def _join(self, sweep: Sweep[J], encoded_BSD: Tensor) -> list[tuple[J, Event]]:
+    def _end_sweep(self, sweep: Sweep[J], encoded_BSD: Tensor) -> list[tuple[J, Event]]:
         encode_s = perf_counter() - sweep.began
-        rows, which = [], []
+        members, which = [], []
         for job in sweep.jobs:
-            if job.is_cancelled():
-                continue
-            row = make_row(job.request, self._model, self._tokenizer)
-            row.queued_s, row.encode_s = sweep.began - job.submitted, encode_s
-            row.moved_before = sweep.moved_before
-            self._jobs[row] = job
-            rows.append(row)
+            queued_s = sweep.began - job.submitted
+            members.append((job, Accounts(queued_s, encode_s, sweep.moved_before)))
             which.append(sweep.texts.index(job.request.source))
-        return self._tell(self._batch.join(rows, encoded_BSD, which)) if rows else []
+            source = job.request.source.num_positions
+            self._room.keep(job.request, encoded_BSD[which[-1], :source])
+        return self._join(members, encoded_BSD, which)
 
-    def _with_moved(self, row: Row, event: Event) -> Event:
-        """At the end, add what was moved of experts meanwhile, for this row and those beside it."""
-        now = self._moved()
-        if not isinstance(event, Finished) or now is None or row.moved_before is None:
-            return event
-        return replace(event, experts=now - row.moved_before)
-
-    def _tell(self, outcomes: list[tuple[Row, list[Event]]]) -> list[tuple[J, Event]]:
-        told = []
-        for row, events in outcomes:
-            job = self._jobs[row]
-            told += [(job, self._with_moved(row, event)) for event in events]
-            if events and isinstance(events[-1], Finished | Failed):
-                del self._jobs[row]
+    def _join(
+        self, members: list[tuple[J, Accounts]], encoded_BSD: Tensor, which: list[int]
+    ) -> list[tuple[J, Event]]:
+        """Let jobs go on with what the encoder made of their texts; job i reads `which[i]`."""
+        told: list[tuple[J, Event]] = []
+        rows: list[Row] = []
+        places: list[int] = []
+        for (job, accounts), place in zip(members, which, strict=True):
+            try:
+                member = self._make_member(job.request, encoded_BSD[place])
+            except ROW_ERRORS as error:
+                self._note_error(error)
+                logger.exception("%s failed at its start", job.request.request_id)
+                told.append((job, _failed(error)))
+                continue
+            accounts.write(member)
+            self._jobs[member] = job
+            if isinstance(member, Row):
+                rows.append(member)
+                places.append(place)
+            else:
+                self._courses.join(member)
+        if rows:
+            told += self._tell(self._batch.join(rows, encoded_BSD, places))
         return told
+
+    def _make_member(self, request: Request, encoded_SD: Tensor) -> Member:
+        if request.task is None:
+            return make_row(request, self._model, self._tokenizer)
+        # a copy: a view would keep the texts of the whole sweep
+        encoded_SD = encoded_SD[: request.source.num_positions].clone()
+        most = self.scheduler.limits.max_sweep_tokens
+        steps = start_task(self._model, self._tokenizer, request, encoded_SD, most)
+        return Course(request, steps, search_bytes(request, self._model))
+
+    # --- what is told, and what went wrong
+
+    def _with_moved(self, member: Member, event: Event) -> Event:
+        """At the end, add what was moved of experts meanwhile, for it and those beside it."""
+        now = self._moved()
+        if not isinstance(event, Finished) or now is None or member.moved_before is None:
+            return event
+        return replace(event, experts=now - member.moved_before)
+
+    def _tell(self, outcomes: Iterable[tuple[Member, list[Event]]]) -> list[tuple[J, Event]]:
+        told = []
+        for member, events in outcomes:
+            job = self._jobs[member]
+            told += [(job, self._with_moved(member, event)) for event in events]
+            if events and isinstance(events[-1], Finished | Failed):
+                del self._jobs[member]
+        return told
+
+    def _note_error(self, error: Exception) -> None:
+        """Take note of what an error means for others. Raises DeviceLost if it is the end."""
+        if is_device_lost(error):
+            raise DeviceLost(f"the device has failed: {error}") from error
+        self._good_turns = -1
+        self._lacks_memory |= is_out_of_memory(error)
+
+    def _adapt_rows(self) -> None:
+        """After want of memory, half as many rows at most; a row more after many good turns."""
+        scheduler, most = self.scheduler, self.scheduler.limits.max_rows
+        if self._lacks_memory:
+            self._lacks_memory = False
+            scheduler.max_rows = max(scheduler.max_rows // 2, 1)
+            logger.warning("memory ran out; at most %d rows from now on", scheduler.max_rows)
+        self._good_turns += 1
+        if self._good_turns >= GOOD_TURNS:
+            self._good_turns = 0
+            scheduler.max_rows = min(scheduler.max_rows + 1, most)
+
+
+def _failed(error: Exception) -> Failed:
+    detail = str(error) if isinstance(error, EngineError) else type(error).__name__
+    return Failed(f"the engine could not go on: {detail}")

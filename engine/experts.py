@@ -19,6 +19,7 @@ from engine.model.layers import FeedForwardWeights
 from engine.model.moe import MoELayer, count_tokens
 from engine.model.quantized import int4_fallback, int8_fallback
 from engine.model.transformer import Transformer
+from engine.progress import OnBytes, ignore_bytes
 from engine.units import format_bytes
 from offload.bank import fill_bank
 from offload.device import Bytes, Device, IsCancelled, open_host_device
@@ -225,6 +226,7 @@ def load_offloaded(
     host_bytes: int = 0,
     rows: int = 1,
     device: str = "cpu",
+    on_bytes: OnBytes = ignore_bytes,
 ) -> tuple[Transformer, OffloadedExperts]:
     """Build the model of a native directory with its experts offloaded; dtype None: as stored.
 
@@ -244,7 +246,7 @@ def load_offloaded(
         make_device=open_host_device if device == "cpu" else _open_cuda,
     )
     try:
-        model = load_model(directory, dtype, experts).to(device)
+        model = load_model(directory, dtype, experts, on_bytes).to(device)
     except BaseException:
         experts.close()
         raise

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -15,23 +16,32 @@ from engine.checkpoint_tensors import Shape
 from engine.checkpoint_writer import dense_shapes
 from engine.config import LENGTH_FACTOR, ModelConfig
 from engine.errors import ConfigError
+from engine.model.packed import PACKED_BLOCK
 from engine.model.quantized import CHUNK_OUTPUTS
+from offload.layout import round_up
 
 PREFIX_TOKENS = 2  # the start id and the sentinel that the decoder answers to
 FLOAT_BYTES = 4  # norms, scores and probabilities are computed in fp32
 INDEX_BYTES = 8
 LENGTH_BYTES = 8  # of lengths_B
+NEVER_PACKED = ("embedding.weight", "relative_bias.weight", "centroids")  # matrices of no product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The most that is computed at once: rows, and the lengths of each."""
+    """The most that is computed at once: rows, and the lengths of each.
+
+    `adapter_bytes` are for the soft prompts that lie ready beside it.
+    """
 
     rows: int = 1
     source_tokens: int
     target_tokens: int
+    adapter_bytes: int = 0
 
     def __post_init__(self) -> None:
+        if self.adapter_bytes < 0:
+            raise ConfigError(f"adapter_bytes is {self.adapter_bytes}; it must be at least 0")
         for name in ("rows", "source_tokens", "target_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -69,6 +79,31 @@ def dense_bytes(config: ModelConfig, dtype: torch.dtype) -> DenseBytes:
         step=_size(shapes, decoder | head, dtype),
         sweep=_size(shapes, encoder | projections, dtype),
     )
+
+
+class PackingBytes(NamedTuple):
+    """What packed weights take: more than plain ones, and what is held while they are packed."""
+
+    filling: int
+    largest: int
+
+
+@lru_cache(maxsize=16)
+def packing_bytes(config: ModelConfig, dtype: torch.dtype) -> PackingBytes:
+    """Upper estimate of what packing adds; nothing but bf16 is packed (`can_pack`).
+
+    Sides are filled up to whole blocks; a matrix is there twice until its plain copy is let go.
+    """
+    if dtype != torch.bfloat16:
+        return PackingBytes(0, 0)
+    sizes = [
+        (math.prod(shape), math.prod(round_up(side, PACKED_BLOCK) for side in shape))
+        for name, shape in dense_shapes(config).items()
+        if len(shape) == 2 and not name.endswith(NEVER_PACKED)
+    ]
+    filling = sum(packed - plain for plain, packed in sizes)
+    largest = max(packed for _, packed in sizes)
+    return PackingBytes(dtype.itemsize * filling, dtype.itemsize * largest)
 
 
 def _size(shapes: Mapping[str, Shape], names: set[str], dtype: torch.dtype) -> int:

@@ -25,7 +25,9 @@ from engine.memory import (
     return_large_blocks,
 )
 from engine.model.dtypes import DTYPES
-from engine.model.transformer import Transformer
+from engine.model.layers import Linear
+from engine.model.packed import can_pack, pack_linears
+from engine.model.transformer import Transformer, set_invariant
 from engine.planning import (
     CUDA_HOST_BYTES,
     GPU_CONTEXT_BYTES,
@@ -36,6 +38,7 @@ from engine.planning import (
     Storage,
     plan_memory,
 )
+from engine.progress import LoadProgress
 from engine.quantize import check_sizes
 from offload.cuda import missing_for_cuda
 from offload.layout import QUANTIZATIONS, Quantization, round_up
@@ -191,7 +194,7 @@ def process_bytes(host: HostMemory, *, on_gpu: bool) -> int:
     return round_up(host.own_bytes, OWN_STEP_BYTES) + RUNTIME_BYTES + cuda
 
 
-def load_within(
+def load_within(  # noqa: PLR0913  what may be said of a load, each with a default
     path: Path,
     dtype: torch.dtype | None,
     memory: int | None,
@@ -199,11 +202,15 @@ def load_within(
     on_phase: Callable[[str], None] = lambda _: None,
     on_plan: Callable[[MemoryPlan], None] = lambda _: None,
     workload: Workload | None = None,
+    progress: LoadProgress | None = None,
+    *,
+    invariant: bool = False,
 ) -> Loaded:
     """Plan for budgets in bytes, tell the plan, and load the model by it.
 
     memory None: a share of what is to be had; gpu_memory_bytes None: no GPU; workload None: the
-    longest requests that are accepted, one at a time.
+    longest requests that are accepted, one at a time. `invariant`: see `set_invariant`. The model
+    is for serving: its weights may be packed, which can be neither read nor saved.
     Raises ConfigError if a budget is too small or too large, or there is no GPU; nothing has been
     loaded then. Raises CheckpointError if the model is damaged.
     """
@@ -212,19 +219,60 @@ def load_within(
     plan = plan_loading(storage, memory, gpu_memory_bytes, load)
     on_plan(plan)
     on_phase("reading weights")
-    return load_planned(path, plan, on_phase)
+    loaded = load_planned(path, plan, on_phase, progress)
+    if invariant:
+        set_invariant(loaded.model)
+    return loaded
 
 
-def load_planned(path: Path, plan: MemoryPlan, on_phase: Callable[[str], None]) -> Loaded:
-    """Load a model as a plan says."""
+def bytes_to_read(path: Path, plan: MemoryPlan) -> int:
+    """Bytes that loading by a plan reads: sizes of files, and of the experts it loads of stores."""
+    if detect_kind(path) == "huggingface":
+        return sum(file.stat().st_size for file in open_huggingface(path).files)
+    source = open_native(path)
+    stores = {expert_file(layer) for layer in source.config.moe_layers()}
+    num_experts = source.config.num_experts * len(stores)
+    if plan.experts is not None and plan.is_offloaded:
+        num_experts = len(plan.experts.pinned) + len(plan.experts.host)
+    layout = source.expert_layout()
+    dense = sum(file.stat().st_size for file in source.files if file.name not in stores)
+    return dense + (num_experts * layout.blob_bytes if layout else 0)
+
+
+def load_planned(
+    path: Path,
+    plan: MemoryPlan,
+    on_phase: Callable[[str], None],
+    progress: LoadProgress | None = None,
+) -> Loaded:
+    """Load a model as a plan says, to be served: on a CPU its products are packed, where it pays.
+
+    Experts are not: offloaded ones could not be, and would differ from resident ones.
+    """
     return_large_blocks()
+    progress = progress or LoadProgress()
+    progress.begin(bytes_to_read(path, plan))
+    loaded = _load_planned(path, plan, on_phase, progress)
+    if plan.budgets.gpu_bytes is None and can_pack(plan.storage.dtype):
+        pack_linears(loaded.model, Linear)
+    progress.finish()
+    return loaded
+
+
+def _load_planned(
+    path: Path, plan: MemoryPlan, on_phase: Callable[[str], None], progress: LoadProgress
+) -> Loaded:
+    num_read = 0
 
     def report(done: int, total: int) -> None:
+        nonlocal num_read
+        progress.add((done - num_read) * plan.storage.slot_bytes)
+        num_read = done
         on_phase(f"reading expert {done} of {total}")
 
     dtype, on_gpu = plan.storage.dtype, plan.budgets.gpu_bytes is not None
     if plan.experts is None or not plan.is_offloaded:
-        model = load_any(path, dtype)
+        model = load_any(path, dtype, progress.add)
         return Loaded(model.to("cuda") if on_gpu else model, None, plan)
     loaded = load_offloaded(
         path,
@@ -234,5 +282,6 @@ def load_planned(path: Path, plan: MemoryPlan, on_phase: Callable[[str], None]) 
         host_bytes=plan.experts.host_bytes,
         rows=plan.workload.rows,
         device="cuda" if on_gpu else "cpu",
+        on_bytes=progress.add,
     )
     return Loaded(*loaded, plan)

@@ -13,7 +13,13 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.footprint import Workload, cache_bytes, dense_bytes, workspace_bytes
+from engine.footprint import (
+    Workload,
+    cache_bytes,
+    dense_bytes,
+    packing_bytes,
+    workspace_bytes,
+)
 from engine.units import format_bytes
 from offload.cuda import NUM_STAGING
 from offload.layout import Quantization
@@ -269,14 +275,18 @@ def fixed_lines(
     place: Place = "gpu" if on_gpu else "host"
     quantized_on_gpu = None if storage.quantization == "none" else on_gpu
     dense = dense_bytes(config, dtype).total
+    filling, largest = (0, 0) if on_gpu else packing_bytes(config, dtype)
     shown = f"{workload.rows} x ({workload.source_tokens} source + {workload.target_tokens} target)"
     workspace = workspace_bytes(config, dtype, workload, quantized_on_gpu=quantized_on_gpu)
+    workspace = max(workspace, largest)  # packing is over before anything is computed
     lines = [
         Line("process", "host", process_bytes, "Python, torch and their libraries"),
-        Line("dense weights", place, dense, str(dtype).removeprefix("torch.")),
+        Line("dense weights", place, dense + filling, str(dtype).removeprefix("torch.")),
         Line(CACHES, place, cache_bytes(config, dtype, workload), shown),
         Line("workspace", place, workspace, "upper estimate"),
     ]
+    if workload.adapter_bytes:
+        lines.append(Line("adapters", place, workload.adapter_bytes, "soft prompts, at most"))
     return [*lines, *_gpu_lines(storage, dense)] if on_gpu else lines
 
 

@@ -38,35 +38,32 @@ def build_request(
     *,
     fill: bool = False,
     adapter: Adapter | None = None,
+    decoder_prompt: str | Sequence[int] | None = None,
 ) -> Request:
     """Tokenize a prompt.
 
     With `fill`, each `<span>` in it is a blank to fill; otherwise it is continued. The vectors of
-    the adapter count towards its length.
+    the adapter count towards its length. `decoder_prompt` is what the answer begins with.
 
     Raises RequestError if the prompt is empty, an id is unknown, there is no blank to fill or
     blanks given as ids are out of order, or if max_tokens is above LENGTH_FACTOR times the length
-    that the model was trained on; PromptTooLong if the prompt is.
+    that the model was trained on; PromptTooLong if the prompt is, or decoder_prompt and max_tokens
+    together.
     """
     num_blanks = 0
     limit = config.max_positions * LENGTH_FACTOR
     if params.max_tokens > limit:  # the cache is allocated for all of them
         raise RequestError(f"max_tokens is {params.max_tokens}; the limit is {limit}", "max_tokens")
     _check_ids(params, config)
+    decoder_ids = _read_decoder_prompt(decoder_prompt, tokenizer, config, params)
     if isinstance(prompt, str):
-        if len(prompt) > limit * MAX_TOKEN_CHARS:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt):,} characters; the limit is {limit} tokens", "prompt"
-            )
+        _check_chars(prompt, limit, "prompt")
         parts = prompt.split(BLANK) if fill else [prompt]
         num_blanks = len(parts) - 1
         ids = _encode_parts(parts, tokenizer)
     else:
         ids = list(prompt)
-        if unknown := [i for i in ids if not 0 <= i < config.vocab_size]:
-            raise RequestError(
-                f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "prompt"
-            )
+        _check_known(ids, config, "prompt")
         num_blanks = _count_blanks(ids, tokenizer) if fill else 0
     if not ids:
         raise RequestError("the prompt is empty; give at least one token", "prompt")
@@ -91,7 +88,49 @@ def build_request(
         params=params,
         num_blanks=num_blanks,
         adapter=adapter,
+        decoder_ids=tuple(decoder_ids),
     )
+
+
+def _read_decoder_prompt(
+    prompt: str | Sequence[int] | None,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    params: SamplingParams,
+) -> list[int]:
+    """Ids that the answer begins with; the caches hold them beside max_tokens."""
+    limit = config.max_positions * LENGTH_FACTOR
+    if isinstance(prompt, str):
+        _check_chars(prompt, limit, "decoder_prompt")
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = list(prompt or ())
+        _check_known(ids, config, "decoder_prompt")
+    if len(ids) + params.max_tokens > limit:
+        raise PromptTooLong(
+            f"decoder_prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}; "
+            f"the limit is {limit} together",
+            "decoder_prompt",
+        )
+    if params.grammar is not None and tokenizer.decode(ids).endswith("\ufffd"):
+        text = "decoder_prompt ends in half a character, which no grammar can go on from"
+        raise RequestError(text, "decoder_prompt")
+    return ids
+
+
+def _check_chars(prompt: str, limit: int, field: str) -> None:
+    """Raise PromptTooLong for a text of which no tokenizer could make so few tokens."""
+    if len(prompt) > limit * MAX_TOKEN_CHARS:
+        raise PromptTooLong(
+            f"the {field} has {len(prompt):,} characters; the limit is {limit} tokens", field
+        )
+
+
+def _check_known(ids: Sequence[int], config: ModelConfig, field: str) -> None:
+    if unknown := [i for i in ids if not 0 <= i < config.vocab_size]:
+        raise RequestError(
+            f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", field
+        )
 
 
 def _encode_parts(parts: list[str], tokenizer: Tokenizer) -> list[int]:
@@ -122,14 +161,14 @@ def _ending(tokenizer: Tokenizer, config: ModelConfig, *, fill: bool) -> list[in
 def decoder_prefix(request: Request, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
     """What the decoder is given before the first free token.
 
-    The start id and the sentinel it answers to.
+    The start id, the sentinel it answers to, and what the answer begins with.
     """
     prefix = [config.decoder_start_token_id]
     if request.num_blanks:
         prefix.append(tokenizer.sentinel_id(0))
     elif config.continuation_sentinel is not None:
         prefix.append(tokenizer.sentinel_id(config.continuation_sentinel))
-    return prefix
+    return [*prefix, *request.decoder_ids]
 
 
 def _check_ids(params: SamplingParams, config: ModelConfig) -> None:
@@ -138,9 +177,7 @@ def _check_ids(params: SamplingParams, config: ModelConfig) -> None:
         "logit_bias": [token_id for token_id, _ in params.logit_bias],
         "stop_token_ids": params.stop_token_ids,
         "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": [token_id for ids in params.bad_words for token_id in ids],
     }
     for field, ids in named.items():
-        if unknown := [i for i in ids if not 0 <= i < config.vocab_size]:
-            raise RequestError(
-                f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", field
-            )
+        _check_known(ids, config, field)

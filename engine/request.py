@@ -5,6 +5,7 @@ from typing import Literal
 
 from engine.adapters import Adapter
 from engine.errors import RequestError
+from engine.grammar import Grammar
 from engine.sources import Source
 from offload.pipeline import PipelineStats
 
@@ -13,6 +14,8 @@ FinishReason = Literal["stop", "length", "cancelled"]  # at its deadline: length
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_BEAMS = 32
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class SamplingParams:
     `stop_token_ids` end the text and are not part of it, unless `include_stop`. None of the
     sequences of ids in `bad_words` may come. `logprobs` asks for the log-probability of each token
     and of so many of the likeliest, `prompt_logprobs` for those of the request's `decoder_ids`.
+    With a `grammar` the text follows it, unless a stop string, a stop id or `max_tokens` cuts it
+    short; the model's own end comes only where it may end, and it ends where nothing may follow.
     """
 
     max_tokens: int = 64
@@ -49,6 +54,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     include_stop: bool = False
+    grammar: Grammar | None = None
 
     @property
     def has_penalties(self) -> bool:
@@ -78,10 +84,18 @@ class SamplingParams:
                 f"min_tokens is {self.min_tokens}; allowed: 0 to max_tokens {self.max_tokens}",
                 "min_tokens",
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise RequestError(
-                f"logprobs is {self.logprobs}; allowed: 0 to {MAX_LOGPROBS}", "logprobs"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise RequestError(f"{name} is {number}; allowed: 0 to {MAX_LOGPROBS}", name)
+        self._check_words()
+
+    def _check_words(self) -> None:
+        longest = MAX_BAD_WORD_TOKENS
+        is_fitting = all(1 <= len(ids) <= longest for ids in self.bad_words)
+        if len(self.bad_words) > MAX_BAD_WORDS or not is_fitting:
+            text = f"bad_words takes up to {MAX_BAD_WORDS} rows of 1 to {longest} tokens"
+            raise RequestError(text, "bad_words")
         if len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
             raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none empty", "stop")
 
@@ -166,6 +180,17 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     salt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_blanks and self.decoder_ids:
+            text = "blanks are filled from their start; put what is known into the prompt"
+            raise RequestError(text, "decoder_prompt")
+        if self.num_blanks and self.params.grammar is not None:
+            raise RequestError("a grammar is for a text to continue, not for blanks", "grammar")
+        strict = {"grammar": self.params.grammar, "bad_words": self.params.bad_words}
+        for name, value in strict.items():
+            if value and isinstance(self.task, BeamParams):
+                raise RequestError(f"beam search takes no {name}; leave one of them out", name)
 
     @property
     def source(self) -> Source:
@@ -266,7 +291,8 @@ class Finished:
     """The end of a request, with its accounts. Times in seconds.
 
     `experts` counts what was moved while it ran, shared with those that ran beside it; None where
-    all experts are resident.
+    all experts are resident. Of its prompt's tokens, `cached_tokens` had been encoded before. What
+    a task made is counted by its tokens: those of all answers of a beam search, none of a score.
     """
 
     reason: FinishReason
@@ -278,6 +304,7 @@ class Finished:
     encode_s: float
     decode_s: float
     experts: PipelineStats | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Order and definitions are those of transformers' generation, which the tests hold this to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -35,6 +36,27 @@ def choose_token(
         return int(best.indices)
     probs_V = filter_scores(scores_V.float(), params).softmax(-1)
     return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+class GreedyChoice:
+    """The greedy tokens of many rows in one go: for each what `choose_token` gives for it alone."""
+
+    def __init__(self) -> None:
+        self._bans: list[Tensor] = []
+        self._bans_BV: Tensor | None = None
+
+    def choose(self, logits_BV: Tensor, bans: Sequence[Tensor]) -> list[int | None]:
+        """Best tokens by scores (B, V) under bans (V,) of each row; None if the best is not finite.
+
+        The scores are overwritten. Bans are known by what they are, not by what is in them: the
+        same rows again are not stacked again.
+        """
+        is_same = len(bans) == len(self._bans) and all(map(is_, bans, self._bans))
+        if self._bans_BV is None or not is_same:
+            self._bans, self._bans_BV = list(bans), torch.stack(list(bans))
+        best = logits_BV.masked_fill_(self._bans_BV, -torch.inf).max(-1)
+        ids = best.indices.masked_fill(~best.values.isfinite(), -1).tolist()
+        return [None if token_id < 0 else token_id for token_id in ids]
 
 
 def penalize(logits_V: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:

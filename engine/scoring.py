@@ -4,29 +4,31 @@ The decoder is fed the whole continuation (teacher forcing), so a score costs on
 per token. Shape letters: B rows, S source length, T target length, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.errors import RequestError
+from engine.errors import EngineError, RequestError
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
-from engine.request import Request, Score
+from engine.request import Continuations, Request, Score, TokenLogprob
 from engine.sources import Source, gather
 from engine.tokenizer import Tokenizer
 
 MAX_TOKENS = 4096  # of sources and targets with their padding, in one pass
+SCORES_AT_ONCE = 64  # positions; the scores of one take a vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A text, and what may follow it or fill its one blank, as ids."""
+    """A text, and what may follow it or fill its one blank, as ids; `top` likeliest are told."""
 
     request: Request
     choices: tuple[tuple[int, ...], ...]
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class _Row:
     choice: int
     source: Source
     prefix: tuple[int, ...]
+    top: int
     target: tuple[int, ...]
 
     @property
@@ -60,6 +63,31 @@ def make_question(
     return Question(request, tuple((*choice, *closing) for choice in choices))
 
 
+def score_encoded(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    request: Request,
+    asked: Continuations,
+    encoded_1SD: Tensor,
+    max_tokens: int = MAX_TOKENS,
+) -> Generator[None, None, tuple[Score, ...]]:
+    """Score choices, as `make_question` makes them, for a text that was encoded.
+
+    Yields between passes, so that others may compute. Raises EngineError if the model's scores are
+    not finite.
+    """
+    question = Question(request, asked.choices, asked.top)
+    rows = sorted(_rows([question], tokenizer, model.config), key=_likeness)
+    real_1S = torch.ones(encoded_1SD.shape[:2], dtype=torch.int64, device=encoded_1SD.device)
+    scores: dict[int, Score] = {}
+    for group in _groups(rows, max_tokens):
+        if scores:
+            yield
+        found = _score_rows(model, group, encoded_1SD, real_1S, [0] * len(group))
+        scores |= dict(zip((row.choice for row in group), found, strict=True))
+    return tuple(scores[choice] for choice in range(len(asked.choices)))
+
+
 @torch.inference_mode()
 def score(
     model: Transformer,
@@ -75,8 +103,12 @@ def score(
     rows.sort(key=_likeness)
     scores: dict[tuple[int, int], Score] = {}
     for group in _groups(rows, max_tokens):
-        for row, found in zip(group, _score_rows(model, group), strict=True):
-            scores[row.question, row.choice] = found
+        texts = list(dict.fromkeys(row.source for row in group))
+        source = gather(model, texts)
+        which = [texts.index(row.source) for row in group]
+        found = _score_rows(model, group, model.encode(*source), source.segments_BS, which)
+        keys = ((row.question, row.choice) for row in group)
+        scores |= dict(zip(keys, found, strict=True))
     return [
         [scores[number, choice] for choice in range(len(question.choices))]
         for number, question in enumerate(questions)
@@ -89,7 +121,7 @@ def _rows(
     for number, question in enumerate(questions):
         prefix = tuple(decoder_prefix(question.request, tokenizer, config))
         for choice, target in enumerate(question.choices):
-            yield _Row(number, choice, question.request.source, prefix, target)
+            yield _Row(number, choice, question.request.source, prefix, question.top, target)
 
 
 def _likeness(row: _Row) -> tuple[int, tuple[int, ...], str, int]:
@@ -113,23 +145,44 @@ def _groups(rows: Sequence[_Row], max_tokens: int) -> Iterator[list[_Row]]:
         yield group
 
 
-def _score_rows(model: Transformer, rows: Sequence[_Row]) -> Iterator[Score]:
-    texts = list(dict.fromkeys(row.source for row in rows))
-    source = gather(model, texts)
-    encoded_BSD = model.encode(*source)
-    which = torch.tensor([texts.index(row.source) for row in rows], device=encoded_BSD.device)
+def _score_rows(
+    model: Transformer,
+    rows: Sequence[_Row],
+    encoded_BSD: Tensor,
+    segments_BS: Tensor,
+    which: Sequence[int],
+) -> Iterator[Score]:
+    """Score rows in one pass; row i reads `encoded_BSD[which[i]]`."""
+    which_B = torch.tensor(which, device=encoded_BSD.device)
     decoder_BT, decoder_segments_BT = _padded([row.decoder_ids for row in rows], model)
     states_BTD = model.decode(
-        decoder_BT, decoder_segments_BT, encoded_BSD[which], source.segments_BS[which]
+        decoder_BT, decoder_segments_BT, encoded_BSD[which_B], segments_BS[which_B]
     )
     for row, states_TD in zip(rows, states_BTD, strict=True):
         begin = len(row.prefix) - 1
-        log_probs_TV = model.logits(states_TD[begin : begin + len(row.target)]).float()
-        log_probs_TV = log_probs_TV.log_softmax(-1)
-        target_T = torch.tensor(row.target, device=log_probs_TV.device)
-        found_T = log_probs_TV.gather(1, target_T.unsqueeze(1)).squeeze(1)
-        is_greedy = bool((log_probs_TV.argmax(-1) == target_T).all())
-        yield Score(tuple(found_T.tolist()), is_greedy)
+        yield _score_row(model, row, states_TD[begin : begin + len(row.target)])
+
+
+def _score_row(model: Transformer, row: _Row, states_TD: Tensor) -> Score:
+    logprobs: list[float] = []
+    tokens: list[TokenLogprob] = []
+    is_greedy = True
+    targets = torch.split(torch.tensor(row.target, device=states_TD.device), SCORES_AT_ONCE)
+    for part_TD, target_T in zip(torch.split(states_TD, SCORES_AT_ONCE), targets, strict=True):
+        log_probs_TV = model.logits(part_TD).float().log_softmax(-1)
+        if not log_probs_TV.isfinite().all():
+            raise EngineError("the model gave scores that are not finite")
+        found = log_probs_TV.gather(1, target_T.unsqueeze(1)).squeeze(1).tolist()
+        logprobs += found
+        is_greedy = is_greedy and bool((log_probs_TV.argmax(-1) == target_T).all())
+        if row.top:
+            values, ids = log_probs_TV.topk(min(row.top, log_probs_TV.shape[1]))
+            likeliest = zip(target_T.tolist(), found, ids.tolist(), values.tolist(), strict=True)
+            tokens += [
+                TokenLogprob(token_id, logprob, tuple(zip(top, tops, strict=True)))
+                for token_id, logprob, top, tops in likeliest
+            ]
+    return Score(tuple(logprobs), is_greedy, tuple(tokens))
 
 
 def _padded(lists: Sequence[Sequence[int]], model: Transformer) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing
@@ -10,18 +12,24 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
 
+from engine.adapters import Base, describe_base
 from engine.config import ModelConfig
+from engine.demands import make_demand
 from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, Overloaded
 from engine.experts import OffloadedExperts
+from engine.failures import DeviceLost
 from engine.model.transformer import Transformer
 from engine.pace import Pace
 from engine.planning import CACHES, MemoryPlan
+from engine.progress import LoadProgress
 from engine.prompt import check_tokenizer
+from engine.queue_limits import QueueLimits, Waiting
 from engine.request import Event, Failed, Finished, Request
 from engine.scheduler import Limits
+from engine.stats import CacheStats, EngineStats, WorkStats
+from engine.ticket import Ticket
 from engine.tokenizer import Tokenizer
-from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +49,11 @@ class LoadedModel:
     close: Callable[[], None] = lambda: None  # called in the engine thread, when it ends
 
     def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer, self.model.config)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counts since the start, and the present load."""
-
-    queued: int
-    running: int
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    experts: PipelineStats | None  # None: all experts are resident
+        try:
+            check_tokenizer(self.tokenizer, self.model.config)
+        except EngineError:
+            self.close()  # nobody will have it who could
+            raise
 
 
 def within_plan(limits: Limits, plan: MemoryPlan) -> Limits:
@@ -66,52 +66,12 @@ def within_plan(limits: Limits, plan: MemoryPlan) -> Limits:
     )
 
 
-class Ticket:
-    """One accepted request on its way.
-
-    An async iterator of events; closing it cancels the request.
-    """
-
-    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
-        self.request = request
-        self.submitted = perf_counter()
-        self.cancelled = threading.Event()
-        self._loop = loop
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._done = False
-
-    def is_cancelled(self) -> bool:
-        """Whether nobody listens any more."""
-        return self.cancelled.is_set()
-
-    def put(self, event: Event) -> None:
-        """Hand an event over, from the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.cancelled.set()
-
-    def __aiter__(self) -> "Ticket":
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._done:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if event is None:
-            raise StopAsyncIteration
-        self._done = isinstance(event, Finished | Failed)
-        return event
-
-    async def aclose(self) -> None:
-        """Stop listening; the engine drops the request at its next step."""
-        self._done = True
-        self.cancelled.set()
-        self._events.put_nowait(None)  # for who waits for an event: none will come
-
-
 class Worker:
     """Runs one model in one thread. Requests wait in a bounded queue and are served together.
+
+    The queue is bounded by `max_queue` requests and `max_queue_tokens` that they may take, if given
+    (`QueueLimits`). With `stall_s`, a step that takes longer is the end: the state is failed and so
+    is every request, and who runs the process should leave it, as the thread may never come back.
 
     `load` is called in the engine thread, so that `start` returns at once; it is given a function
     that reports the phase. States: starting, loading, ready, draining, stopped; failed when loading
@@ -124,26 +84,48 @@ class Worker:
         load: Callable[[Callable[[str], None]], LoadedModel],
         max_queue: int = 64,
         limits: Limits = DEFAULT_LIMITS,
+        max_queue_tokens: int | None = None,
+        stall_s: float | None = None,
     ) -> None:
         self.model_name = model_name
         self.state: State = "starting"
         self.phase = "starting"
         self.failure: str | None = None
+        self.progress = LoadProgress()  # for who loads to fill in
         self._load = load
         self._limits = limits
-        self._max_queue = max_queue
+        self._queue_limits = QueueLimits(max_requests=max_queue, max_tokens=max_queue_tokens)
+        self._stall_s = stall_s
+        self._is_in_turn = False
+        self._ended = threading.Event()
         self._loaded: LoadedModel | None = None
+        self._base: Base | None = None
         self._engine: Engine[Ticket] | None = None
         self._arrived: deque[Ticket] = deque()
         self._open: set[Ticket] = set()
         self._changed = threading.Condition()
         self._pace = Pace()
-        self._counts = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        names = ("requests", "cancelled", "failed", "prompt_tokens", "completion_tokens")
+        self._counts = dict.fromkeys(names, 0)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the engine thread, which loads the model first."""
+        """Start the engine thread, which loads the model first, and who watches it."""
         self._thread.start()
+        if self._stall_s is not None:
+            watch = threading.Thread(target=self._watch, args=(self._stall_s,), daemon=True)
+            watch.name = "engine-watch"
+            watch.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread goes on, whatever the state says."""
+        return self._thread.is_alive()
+
+    def stalled_s(self) -> float:
+        """How long the present step has been going on; 0 while there is none."""
+        engine = self._engine
+        return perf_counter() - engine.noted if engine and self._is_in_turn else 0.0
 
     @property
     def config(self) -> ModelConfig:
@@ -154,6 +136,13 @@ class Worker:
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the model. Raises EngineStopped before it is loaded."""
         return self._model().tokenizer
+
+    @property
+    def adapter_base(self) -> Base:
+        """What adapters are read for. Raises EngineStopped before the model is loaded."""
+        if self._base is None:
+            self._base = describe_base(self._model().model)
+        return self._base
 
     @property
     def plan(self) -> MemoryPlan | None:
@@ -175,39 +164,72 @@ class Worker:
     def submit(self, request: Request) -> Ticket:
         """Queue a request; call it on the event loop that will read the events.
 
-        Raises EngineStopped unless the worker is ready, Overloaded if the queue is full.
+        Raises EngineStopped unless the worker is ready, Overloaded if the queue is full,
+        RequestError if the request could never be carried out.
         """
-        ticket = Ticket(request, asyncio.get_running_loop())
         with self._changed:
-            if self.state != "ready":
-                raise EngineStopped(f"the engine is {self.state}; no request is accepted")
+            engine = self._require_engine()
+            engine.check(request)
+            num_tokens = make_demand(request, self._model().model).cost
+            ticket = Ticket(request, asyncio.get_running_loop(), num_tokens)
             self._forget_closed()
-            waiting = self._num_waiting()
-            if waiting >= self._max_queue:
-                # the first place that is free goes to the first to come: let half of them go
-                wait_s = self._pace.wait_s(-(-waiting // 2))
-                text = f"{waiting} requests are waiting already; try again later"
-                raise Overloaded(text, wait_s)
+            self._require_place([Waiting(request.key, num_tokens)])
             self._arrived.append(ticket)
             self._open.add(ticket)
             self._changed.notify_all()
         return ticket
 
+    def require_room(self, num_requests: int, num_tokens: int = 0, key: str = "") -> None:
+        """Raise what `submit` would if so many requests, of so many tokens in all, came now.
+
+        To be asked before work is put into them; nothing is reserved.
+        """
+        with self._changed:
+            self._require_engine()
+            wanted = [Waiting(key, 0) for _ in range(num_requests - 1)]
+            self._require_place([*wanted, Waiting(key, num_tokens)])
+
+    def _require_engine(self) -> "Engine[Ticket]":
+        if self.state != "ready" or self._engine is None:
+            raise EngineStopped(f"the engine is {self.state}; no request is accepted")
+        return self._engine
+
+    def _require_place(self, wanted: list[Waiting]) -> None:
+        tickets = self._waiting()
+        waiting = [Waiting(ticket.request.key, ticket.num_tokens) for ticket in tickets]
+        if (text := self._queue_limits.find_refusal(waiting, wanted)) is not None:
+            # the first place that is free goes to the first to come: let half of them go
+            raise Overloaded(text, self._pace.wait_s(-(-len(waiting) // 2)))
+
     def stats(self) -> EngineStats:
         """A snapshot of counts and load."""
         with self._changed:
+            self._forget_closed()
             offloaded = self._loaded.experts if self._loaded else None
-            experts = offloaded.stats if offloaded else None
-            running = self._engine.running if self._engine else 0
-            return EngineStats(self._num_waiting(), running, **self._counts, experts=experts)
+            engine, waiting = self._engine, self._waiting()
+            return EngineStats(
+                queued=len(waiting),
+                queued_tokens=sum(ticket.num_tokens for ticket in waiting),
+                running=engine.running if engine else 0,
+                max_rows=(engine.scheduler if engine else self._limits).max_rows,
+                stalled_s=self.stalled_s(),
+                encoder_cache=engine.known if engine else CacheStats(0, 0, 0),
+                experts=offloaded.stats if offloaded else None,
+                work=engine.work if engine else WorkStats(),
+                **self._counts,
+            )
 
     def _forget_closed(self) -> None:
-        self._open = {ticket for ticket in self._open if not ticket.is_cancelled()}
+        closed = {ticket for ticket in self._open if ticket.is_cancelled()}
+        self._open -= closed
+        self._counts["cancelled"] += len(closed)
 
-    def _num_waiting(self) -> int:
+    def _waiting(self) -> list[Ticket]:
         """Requests that have not been begun and that somebody waits for."""
-        arrived = sum(not ticket.is_cancelled() for ticket in self._arrived)
-        return arrived + (self._engine.num_waiting() if self._engine else 0)
+        tickets = list(self._arrived)
+        if self._engine is not None:
+            tickets += [ticket for _, ticket in self._engine.scheduler.waiting()]
+        return [ticket for ticket in tickets if not ticket.is_cancelled()]
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, finish those accepted, end the thread. Blocks.
@@ -227,10 +249,8 @@ class Worker:
             return True
         with self._changed:
             left = self._take_unfinished()
-        for ticket in left:
-            ticket.cancelled.set()
-            text = "the server stopped before the request was finished"
-            ticket.put(Failed(text, is_shutdown=True))
+        text = "the server stopped before the request was finished"
+        _fail(left, Failed(text, is_shutdown=True))
         return False
 
     def _run(self) -> None:
@@ -239,21 +259,45 @@ class Worker:
             self._start_model()
             if self._loaded is not None:
                 with closing(self._loaded):
-                    self._serve()
-        except Exception:  # our own mistake; the thread's last chance to say so
-            logger.exception("the engine thread broke")
+                    if self._engine is not None:  # else it was drained while it loaded
+                        self._serve(self._engine)
+        except Exception as error:  # our own mistake, or the device; the last chance to say so
+            text = str(error) if isinstance(error, DeviceLost) else "the engine thread broke"
+            logger.exception("%s", text)
             with self._changed:
-                self.failure = "the engine thread broke"
+                self.failure = text
                 self.state = self.phase = "failed"
+        self._is_in_turn = False
         with self._changed:
             left = self._take_unfinished()
             if self.state != "failed":
                 self.state = self.phase = "stopped"
-        for ticket in left:
-            ticket.put(Failed("the engine ended before the request was finished"))
+        _fail(left, Failed("the engine ended before the request was finished"))
+        self._ended.set()
+
+    def _watch(self, stall_s: float) -> None:
+        """Its own thread: until the engine's has ended, see whether a step takes too long."""
+        while not self._ended.wait(stall_s / 8):
+            stalled_s = self.stalled_s()
+            if stalled_s > stall_s:
+                self._give_up(f"a step has taken {stalled_s:.1f} s; the limit is {stall_s:g} s")
+                return
+
+    def _give_up(self, text: str) -> None:
+        """Fail, and all requests, while the engine thread is stuck."""
+        with self._changed:
+            self.failure = text
+            self.state = self.phase = "failed"
+            left = self._take_unfinished()
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        where = "".join(traceback.format_stack(frame)) if frame else ""
+        logger.error("the engine is stuck: %s\n%s", text, where)
+        _fail(left, Failed(f"the engine is stuck: {text}"))
 
     def _take_unfinished(self) -> list[Ticket]:
-        left = [ticket for ticket in self._open if not ticket.is_cancelled()]
+        self._forget_closed()
+        left = list(self._open)
+        self._counts["failed"] += len(left)
         self._arrived.clear()
         self._open.clear()
         return left
@@ -274,21 +318,27 @@ class Worker:
         with self._changed:
             if self.state != "loading":  # drained meanwhile
                 return
+            self._engine = self._make_engine(self._loaded)
             self.state = self.phase = "ready"
         logger.info("%s is ready", self.model_name)
 
     def _report_phase(self, phase: str) -> None:
         self.phase = phase
 
-    def _serve(self) -> None:
-        assert self._loaded is not None
-        model, tokenizer, experts = self._loaded.model, self._loaded.tokenizer, self._loaded.experts
+    def _make_engine(self, loaded: LoadedModel) -> "Engine[Ticket]":
+        experts, plan = loaded.experts, loaded.plan
         moved = (lambda: experts.stats) if experts else (lambda: None)
-        limits = within_plan(self._limits, self._loaded.plan) if self._loaded.plan else self._limits
-        self._engine = Engine(model, tokenizer, limits, moved)
+        limits = within_plan(self._limits, plan) if plan else self._limits
+        return Engine(loaded.model, loaded.tokenizer, limits, moved)
+
+    def _serve(self, engine: "Engine[Ticket]") -> None:
         self._pace.begin()
-        while self._take_in(self._engine):
-            for ticket, event in self._engine.turn():
+        while self._take_in(engine):
+            engine.noted = perf_counter()
+            self._is_in_turn = True
+            told = engine.turn()
+            self._is_in_turn = False
+            for ticket, event in told:
                 self._tell(ticket, event)
 
     def _take_in(self, engine: "Engine[Ticket]") -> bool:
@@ -318,7 +368,16 @@ class Worker:
             ticket.put(event)
 
     def _count(self, event: Finished | Failed) -> None:
-        if isinstance(event, Finished):
+        if isinstance(event, Failed):
+            self._counts["failed"] += 1
+        else:
             self._counts["requests"] += 1
             self._counts["prompt_tokens"] += event.prompt_tokens
             self._counts["completion_tokens"] += event.completion_tokens
+
+
+def _fail(tickets: list[Ticket], failure: Failed) -> None:
+    """End tickets that are taken out; the engine may still hold them, and has to let them go."""
+    for ticket in tickets:
+        ticket.cancelled.set()
+        ticket.put(failure)

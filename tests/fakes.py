@@ -3,20 +3,27 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 import uvicorn
 
+from engine.adapters import Base
 from engine.config import ModelConfig
 from engine.errors import EngineStopped, Overloaded
 from engine.planning import MemoryPlan
+from engine.progress import LoadProgress
 from engine.request import Event, Failed, Finished, FinishReason, Piece, Request
+from engine.stats import CacheStats, WorkStats
 from engine.tokenizer import ByteTokenizer
+from engine.worker import LoadedModel, Worker
 from offload.pipeline import PipelineStats
 from server.app import create_app
 from server.lifecycle import open_socket
 from server.settings import Settings
+from tests.tiny import byte_tokenizer, tiny_model
 
 TINY_CONFIG = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size,
@@ -30,6 +37,10 @@ TINY_CONFIG = ModelConfig(
     pad_token_id=0,
     decoder_start_token_id=0,
     eos_token_ids=(1,),
+)
+
+FAKE_BASE = Base(
+    config=TINY_CONFIG, dtype=torch.float32, device=torch.device("cpu"), fingerprint="fake"
 )
 
 
@@ -65,6 +76,14 @@ class FakeStats:
     queued: int
     running: int
     experts: PipelineStats | None
+    queued_tokens: int = 0
+    requests: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    max_rows: int = 32
+    stalled_s: float = 0.0
+    encoder_cache: CacheStats = CacheStats(0, 0, 0)
+    work: WorkStats = WorkStats()
 
 
 class FakeStream:
@@ -119,9 +138,12 @@ class FakeEngine:
         self.model_name = "org/tiny"
         self.config = TINY_CONFIG
         self.tokenizer = ByteTokenizer()
+        self.adapter_base = FAKE_BASE
         self.state = "ready"
         self.phase = "ready"
         self.failure: str | None = None
+        self.progress = LoadProgress()
+        self.is_alive = True
         self.experts: PipelineStats | None = None
         self.plan: MemoryPlan | None = None
         self.fallbacks: tuple[str, ...] = ()
@@ -130,6 +152,10 @@ class FakeEngine:
         self.held = threading.Event()
         self.idle = threading.Event()
         self._streams: list[FakeStream] = []
+
+    def require_room(self, num_requests: int, num_tokens: int = 0, key: str = "") -> None:
+        if len(self._streams) + num_requests > self.room:
+            raise Overloaded("the queue is full", retry_after_s=2.5)
 
     def submit(self, request: Request) -> FakeStream:
         if self.state != "ready":
@@ -180,3 +206,17 @@ def live_server(engine: FakeEngine, **settings: object) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def tiny_worker(**options: object) -> Iterator[Worker]:
+    """The real engine with a tiny model of random weights, ready; drained at the end."""
+    loaded = LoadedModel(tiny_model(), byte_tokenizer())
+    worker = Worker("tiny", lambda _: loaded, **options)
+    worker.start()
+    while worker.state in ("starting", "loading"):
+        time.sleep(0.005)
+    try:
+        yield worker
+    finally:
+        worker.drain(5.0)

@@ -602,7 +602,7 @@ def test_what_is_in_flight_stays_and_is_counted():
     table.add(small("c"))
     assert table.known() == ["a@1", "c@1"]
     held = table.resolve("c")
-    with pytest.raises(Overloaded, match="those in flight 512; the table holds 512"):
+    with pytest.raises(Overloaded, match="those in flight or pinned 512; the table holds 512"):
         table.add(small("d"))
     assert table.known() == ["a@1", "c@1"]
     table.remove("a")

@@ -13,6 +13,7 @@ from engine.bench_engine import (
     uneven_texts,
 )
 from engine.bench_engine_contenders import (
+    INVARIANT,
     KINDS,
     Answer,
     BenchJob,
@@ -211,6 +212,9 @@ def test_what_is_skipped_is_told(folder):
     given = settings(folder, skip=[name for name in KINDS if name != "ours-fp32"])
     report = measure_size(given, "tiny")
     assert report["rows"]["transformers-bf16"] == {"note": "skipped"}
+    assert "adapters" not in report
+    assert find_obstacles(settings(folder))[INVARIANT] == "not asked for: --invariant"
+    assert INVARIANT not in find_obstacles(settings(folder, invariant=True))
     assert report["rows"]["ours-fp32"]["3"]["tokens_per_s"]["min"] > 0
     assert report["tokens_equal"] == report["ratios"] == {}
     assert "share_of_memory_limit" not in report
@@ -231,8 +235,9 @@ def test_wrong_settings_are_refused(folder, changes, message):
 
 def test_all_together(capsys, folder):
     lengths = ["--source-tokens", "8", "--decode-tokens", "4"]
+    more = ["--invariant", "--adapters", "3"]
     with pytest.raises(SystemExit) as caught:
-        main(["bench-engine", "--work", str(folder), "--size", "tiny", *lengths])
+        main(["bench-engine", "--work", str(folder), "--size", "tiny", *lengths, *more])
     out, err = capsys.readouterr()
     assert not caught.value.code
     report = json.loads(out.splitlines()[-1])
@@ -246,6 +251,8 @@ def test_all_together(capsys, folder):
             assert row[case]["first_token_ms"]["median"] > 0
     assert tiny["rows"]["ours-bf16"]["uneven"]["tokens_per_s"]["median"] > 0
     assert tiny["share_of_memory_limit"]["max"] > 0
+    assert tiny["ratios"]["8 ours_over_invariant-bf16"] > 0
+    assert tiny["adapters"]["each_its_own_over_one"] > 0
     if "transformers-fp32" in INSTALLED:
         assert tiny["tokens_equal"]["transformers-fp32"]["first_difference"] is None
         assert tiny["ratios"]["uneven ours_over_transformers-bf16"] > 0

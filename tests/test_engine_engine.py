@@ -1,8 +1,8 @@
 """Requests together give what they give alone, however they come, go and fail."""
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from time import perf_counter
 
 import pytest
 import torch
@@ -10,59 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache import STEP, RowCache
-from engine.engine import Engine
-from engine.errors import CheckpointError
+from engine.engine import GOOD_TURNS, Engine
+from engine.errors import CheckpointError, TokenizerError
+from engine.failures import DeviceLost
 from engine.generation import generate
-from engine.prompt import build_request
-from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.request import Failed, Finished
 from engine.scheduler import Limits
-from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
+from tests.engine_jobs import (
+    TOKENIZER,
+    Job,
+    alone,
+    broken_model,
+    late_job,
+    make_request,
+    pieces,
+    run,
+    without_times,
+)
+from tests.tiny import DENSE, MOE, random_ids, tiny_model
 
-TOKENIZER = byte_tokenizer()
 # in double precision no two scores are so near that the order of sums decides between them
 MODELS = {config: tiny_model(config, seed=5).double() for config in (MOE, DENSE)}
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A request as the engine sees it."""
-
-    request: Request
-    is_cancelled: Callable[[], bool] = lambda: False
-    submitted: float = 0.0
-
-
-def make_request(text="hello", config=MOE, fill=False, name="r", **params):
-    return build_request(text, TOKENIZER, config, SamplingParams(**params), name, fill=fill)
-
-
-def run(engine, arrivals, cancel_at=None):
-    """Give jobs to the engine at their turns; returns the events of each."""
-    events = {job: [] for jobs in arrivals.values() for job in jobs}
-    turn = 0
-    while turn <= max(arrivals) or engine.running or len(engine.scheduler):
-        for job in arrivals.get(turn, ()):
-            engine.add(job)
-        for job, event in engine.turn():
-            events[job].append(event)
-        if cancel_at and turn in cancel_at:
-            cancel_at[turn].append(True)
-        turn += 1
-        assert turn < 2000, "the engine does not come to an end"
-    return events
-
-
-def alone(model, request):
-    return list(generate(model, TOKENIZER, request))
-
-
-def pieces(events):
-    return [event for event in events if isinstance(event, Piece)]
-
-
-def without_times(event):
-    names = ("reason", "stop_reason", "prompt_tokens", "completion_tokens", "seed")
-    return tuple(getattr(event, name) for name in names)
 
 
 TEXTS = st.text("abc <", min_size=1, max_size=30)
@@ -175,29 +143,6 @@ def test_equal_texts_go_through_the_encoder_once():
     assert sizes == [(1, 5)]
 
 
-class FailingExperts:
-    """Cannot read one expert while it is told so."""
-
-    def __init__(self, experts, fails):
-        self.experts, self.fails = experts, fails
-
-    def foresee(self, layer, x):
-        pass
-
-    def stream(self, layer, wanted):
-        if self.fails(layer, wanted):
-            raise CheckpointError(f"{layer}: cannot be read")
-        return self.experts.stream(layer, wanted)
-
-
-def broken_model(fails):
-    model = tiny_model(MOE, seed=5).double()
-    experts = model.experts
-    del model.experts
-    model.experts = FailingExperts(experts, fails)
-    return model
-
-
 def first_expert(model, request, layer):
     """The expert of a layer that the first step of a request wants."""
     seen = []
@@ -214,7 +159,10 @@ def test_an_expert_that_cannot_be_read_fails_only_those_that_need_it(layer):
         for text in ("first", "second one", "the third of them")
     ]
     bad = set(first_expert(model, requests[0], layer))
-    broken = broken_model(lambda name, wanted: name == layer and bad & set(wanted))
+    error = CheckpointError("cannot be read")
+    broken = broken_model(
+        lambda name, wanted: error if name == layer and bad & set(wanted) else None
+    )
     engine = Engine(broken, TOKENIZER, Limits(max_rows=8))
     jobs = [Job(request) for request in requests]
     events = run(engine, {0: jobs})
@@ -235,8 +183,8 @@ def test_a_failure_that_passes_is_retried_row_by_row_and_nobody_notices():
     def fails(layer, wanted):
         if layer == "decoder-1" and len(wanted) > 1 and left[0]:
             left[0] -= 1
-            return True
-        return False
+            return CheckpointError("cannot be read")
+        return None
 
     model = broken_model(fails)
     requests = [make_request(t, name=t, max_tokens=6, seed=1) for t in ("one", "two", "three a")]
@@ -466,3 +414,166 @@ def test_a_text_that_nobody_waits_for_is_not_tried_again():
     assert engine.running == 2
     assert engine.turn() == []
     assert (sizes, engine.running) == ([2], 0)
+
+
+# --- deadlines
+
+
+def timed(text="abc", deadline_s=60.0, **params):
+    return replace(make_request(text, DENSE, **params), deadline_s=deadline_s)
+
+
+def test_a_deadline_that_passes_in_the_queue_is_told_as_late():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits(window_s=0.0))
+    bad, good = late_job(timed(deadline_s=0.25)), Job(timed(), submitted=perf_counter())
+    events = run(engine, {0: [bad, good]})
+    text = "the deadline of 0.25 s passed before there was an answer"
+    assert events[bad] == [Failed(text, is_late=True)]
+    assert isinstance(events[good][-1], Finished)
+
+
+def test_a_deadline_that_passes_in_the_encoder_is_told_as_late_and_others_go_on():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits(window_s=0.0))
+    bad, good = late_job(timed("ab"), -20.0), Job(make_request("abc", DENSE, max_tokens=3))
+    for job in (bad, good):
+        engine.add(job)
+    assert engine.turn() == []
+    assert engine.running == 2
+    object.__setattr__(bad, "submitted", bad.submitted - 30.0)
+    ((job, event),) = engine.turn()
+    assert job is bad
+    assert event.is_late
+    events = []
+    while engine.running:
+        events += [event for job, event in engine.turn() if job is good]
+    assert pieces(events) == pieces(alone(MODELS[DENSE], good.request))
+
+
+def test_a_deadline_that_passes_after_the_first_token_ends_the_text_as_it_is():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits(window_s=0.0))
+    request = timed("abc", max_tokens=50, ignore_eos=True, seed=1, temperature=1.0, stop=("\x01",))
+    job, other = late_job(request, -20.0), Job(make_request("xy", DENSE, max_tokens=50, seed=2))
+    events = {job: [], other: []}
+    for one in events:
+        engine.add(one)
+    turn = 0
+    while engine.running or len(engine.scheduler):
+        turn += 1
+        if turn == 12:
+            object.__setattr__(job, "submitted", job.submitted - 30.0)
+        for one, event in engine.turn():
+            events[one].append(event)
+    end = events[job][-1]
+    assert (end.reason, end.stop_reason) == ("length", "timeout")
+    assert 1 < end.completion_tokens < 50
+    tokens = [token for piece in pieces(events[job]) for token in piece.token_ids]
+    whole = [token for piece in pieces(alone(MODELS[DENSE], request)) for token in piece.token_ids]
+    assert tokens == whole[: len(tokens)]
+    assert pieces(events[other]) == pieces(alone(MODELS[DENSE], other.request))
+
+
+# --- who is whose
+
+
+def test_keys_and_priorities_decide_who_goes_first():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits(max_rows=1, window_s=0.0))
+    requests = [
+        replace(make_request("x", DENSE, name=name, max_tokens=1), key=key, priority=priority)
+        for name, key, priority in (
+            ("a0", "a", 0),
+            ("a1", "a", 0),
+            ("a2", "a", 0),
+            ("b0", "b", 0),
+            ("later", "b", -1),
+            ("urgent", "a", 1),
+        )
+    ]
+    for request in requests:
+        engine.add(Job(request))
+    ended = []
+    while engine.running or len(engine.scheduler):
+        ended += [
+            job.request.request_id for job, event in engine.turn() if isinstance(event, Finished)
+        ]
+    assert ended[0] == "urgent"
+    assert ended[-1] == "later"
+    assert ended.index("b0") < ended.index("a1")
+
+
+# --- what errors mean for others
+
+
+def test_after_want_of_memory_fewer_rows_decode_together_and_slowly_more_again():
+    model = tiny_model(DENSE, seed=5).double()
+    step, most = model.step, [4]
+
+    def hungry(tokens, cache):
+        if len(tokens) > most[0]:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step(tokens, cache)
+
+    model.step = hungry
+    engine = Engine(model, TOKENIZER, Limits(max_rows=8, window_s=0.0))
+    jobs = [
+        Job(make_request("abc", DENSE, max_tokens=30, seed=i, ignore_eos=True)) for i in range(16)
+    ]
+    for job in jobs:
+        engine.add(job)
+    seen, ends = [], 0
+    while engine.running or len(engine.scheduler):
+        ends += sum(isinstance(event, Finished) for _, event in engine.turn())
+        seen.append(engine.scheduler.max_rows)
+    assert ends == 16
+    assert min(seen) < 8
+    most[0] = 8
+    lowest = engine.scheduler.max_rows
+    for _ in range(GOOD_TURNS):
+        engine.turn()
+    assert engine.scheduler.max_rows == lowest + 1
+    for _ in range(GOOD_TURNS * 9):
+        engine.turn()
+    assert engine.scheduler.max_rows == 8
+
+
+@pytest.mark.parametrize("place", ["encoder-1", "decoder-1"])
+def test_a_device_that_is_lost_is_no_matter_of_one_request(place):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    model = broken_model(lambda layer, wanted: error if layer == place else None)
+    engine = Engine(model, TOKENIZER, Limits(window_s=0.0))
+    engine.add(Job(make_request()))
+    with pytest.raises(DeviceLost, match="the device has failed: CUDA error"):
+        run(engine, {0: []})
+
+
+class StumblingTokenizer:
+    """Cannot tell the bytes of a token, or its sentinels, while it is told so."""
+
+    def __init__(self, name):
+        self.name, self.is_broken = name, True
+
+    def __getattr__(self, name):
+        if name == self.name and self.is_broken:
+            raise TokenizerError("the vocabulary is damaged")
+        return getattr(TOKENIZER, name)
+
+
+def test_a_tokenizer_that_fails_at_the_start_fails_its_request_only():
+    tokenizer = StumblingTokenizer("sentinel_id")
+    engine = Engine(MODELS[DENSE], tokenizer, Limits(window_s=0.0))
+    (events,) = run(engine, {0: [Job(make_request(config=DENSE))]}).values()
+    assert events == [Failed("the engine could not go on: the vocabulary is damaged")]
+    tokenizer.is_broken = False
+    (events,) = run(engine, {0: [Job(make_request(config=DENSE))]}).values()
+    assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tokenizer_that_fails_on_the_way_fails_its_rows_only(temperature):
+    tokenizer = StumblingTokenizer("spell")
+    engine = Engine(MODELS[DENSE], tokenizer, Limits(window_s=0.0))
+    request = make_request(config=DENSE, temperature=temperature, seed=1, ignore_eos=True)
+    (events,) = run(engine, {0: [Job(request)]}).values()
+    assert events == [Failed("the engine could not go on: the vocabulary is damaged")]
+    tokenizer.is_broken = False
+    (events,) = run(engine, {0: [Job(request)]}).values()
+    assert pieces(events) == pieces(alone(MODELS[DENSE], request))

@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,3 +363,64 @@ def test_parameters_that_ban_every_token_are_refused(params, fill):
 )
 def test_parameters_that_leave_a_token_are_taken(params):
     require_choice(request(**params), TOKENIZER, MOE)
+
+
+def test_a_stop_string_is_shown_if_asked_for_and_nothing_is_held_back():
+    row = Generation(request(stop=("lo w", "lo"), include_stop=True), TOKENIZER, MOE)
+    assert pushed(row, ids("hello w")) == [(0, letter) for letter in "hello"]
+    assert row.finish == ("stop", "lo")
+    row = Generation(request(stop=("lo w",), include_stop=True), TOKENIZER, MOE)
+    assert "".join(text for _, text in pushed(row, [*ids("hello"), EOS])) == "hello"
+
+
+def test_the_text_of_a_stop_id_is_shown_if_asked_for_but_no_mark():
+    first, *rest = ids("\u4f60")
+    for include, text in ((True, "a\u4f60"), (False, "a\ufffd")):
+        asked = request(stop_token_ids=(rest[-1], 2, S[1]), include_stop=include)
+        row = Generation(asked, TOKENIZER, MOE)
+        pieces = [p for token in [*ids("a"), first, *rest] for p in row.push(token)]
+        assert "".join(piece.text for piece in pieces) == text
+        assert row.finish == ("stop", rest[-1])
+        assert (rest[-1] in pieces[-1].token_ids) == include
+        for mark in (2, S[1]):
+            row = Generation(asked, TOKENIZER, MOE)
+            assert row.push(mark) == []
+            assert row.finish == ("stop", mark)
+
+
+def test_a_stop_string_may_end_in_the_text_of_a_stop_id():
+    asked = request(stop=("ab",), stop_token_ids=tuple(ids("b")), include_stop=True)
+    row = Generation(asked, TOKENIZER, MOE)
+    assert "".join(text for _, text in pushed(row, ids("xab"))) == "xab"
+    assert row.finish == ("stop", "ab")
+
+
+DRAW = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from engine.generation import generate
+from engine.prompt import build_request
+from engine.request import SamplingParams
+from tests.tiny import MOE, byte_tokenizer, tiny_model
+
+params = SamplingParams(max_tokens=24, temperature=1.5, top_p=0.9, seed=7, ignore_eos=True)
+asked = build_request("abc", byte_tokenizer(), MOE, params, "r")
+*pieces, finished = generate(tiny_model(seed=4), byte_tokenizer(), asked)
+print([token for piece in pieces for token in piece.token_ids], finished.seed)
+"""
+
+
+def test_a_seed_gives_the_same_draws_in_every_process():
+    root = str(Path(__file__).parents[1])
+    told = []
+    for salt in ("1", "2"):
+        command = [sys.executable, "-c", DRAW, root]
+        environment = os.environ | {"PYTHONHASHSEED": salt}
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        told.append(child.stdout.strip())
+    asked = request("abc", max_tokens=24, temperature=1.5, top_p=0.9, seed=7, ignore_eos=True)
+    tokens, _, finished = run(tiny_model(seed=4), asked)
+    assert told == [f"{tokens} {finished.seed}"] * 2
+    assert len(set(tokens)) > 3

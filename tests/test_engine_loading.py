@@ -2,12 +2,14 @@
 
 import logging
 import re
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from engine.adapters import model_fingerprint
 from engine.checkpoint import load_model, save_model
 from engine.errors import CheckpointError, ConfigError
 from engine.footprint import Workload
@@ -21,6 +23,8 @@ from engine.loading import (
     read_storage,
 )
 from engine.memory import host_memory
+from engine.model.packed import can_pack
+from engine.model.transformer import num_parameters
 from engine.planning import RUNTIME_BYTES, SERVER_BYTES, Budgets, fixed_lines, plan_memory
 from engine.random_model import write_random_model
 from engine.worker import LoadedModel, Worker
@@ -246,3 +250,30 @@ def test_the_worker_hands_plan_and_fallbacks_on(model_dir):
         assert worker.plan == loaded.plan
         assert worker.fallbacks == loaded.experts.fallbacks
         assert worker.drain(20)
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no product for bf16")
+def test_bf16_products_are_packed_to_be_served_and_the_rest_stays_readable(model_dir):
+    stored = load_model(model_dir, torch.bfloat16)
+    with closing(load_within(model_dir, torch.bfloat16, None, None, workload=LOAD)) as loaded:
+        model = loaded.model
+        assert model.lm_head.weight.is_mkldnn
+        assert model.encoder.blocks()[0].self_attention.qkv.weight.is_mkldnn
+        assert not any(weight.is_mkldnn for weight in model.experts.parameters())
+        assert model_fingerprint(model) == model_fingerprint(stored)
+        assert num_parameters(model) == num_parameters(stored)
+        torch.testing.assert_close(outputs(model), outputs(stored), rtol=0.05, atol=0.05)
+    with closing(load_within(model_dir, None, None, None, workload=LOAD)) as loaded:
+        assert not any(weight.is_mkldnn for weight in loaded.model.parameters())
+
+
+def test_a_model_can_be_loaded_invariant(model_dir):
+    with closing(load_within(model_dir, None, None, None, workload=LOAD, invariant=True)) as loaded:
+        assert loaded.model.is_invariant
+        source, target = random_ids(2, 9), random_ids(2, 5)
+        with torch.inference_mode():
+            together = loaded.model(source, source * 0 + 1, target, target * 0 + 1)
+            alone = loaded.model(source[1:], source[1:] * 0 + 1, target[1:], target[1:] * 0 + 1)
+        assert torch.equal(together[1], alone[0])
+    with closing(load_within(model_dir, None, None, None, workload=LOAD)) as loaded:
+        assert not loaded.model.is_invariant

@@ -21,6 +21,7 @@ from engine.footprint import (
     cache_bytes,
     dense_bytes,
     largest_workload,
+    packing_bytes,
     workspace_bytes,
 )
 from engine.model.transformer import Transformer
@@ -422,3 +423,29 @@ def test_experts_of_cpm2():
     assert slots["int8"] / MIB == pytest.approx(120, rel=1e-3)
     zeros = 3 * 4096 * 10240 // 128 * 2
     assert (slots["int4"] - zeros) / MIB == pytest.approx(61.9, rel=1e-3)
+
+
+# --- packed weights and adapters ---
+
+
+def test_packing_is_planned_for_in_bf16_alone():
+    assert packing_bytes(DENSE, torch.float32) == (0, 0)
+    config = replace(DENSE, d_model=100, vocab_size=1000)
+    found = packing_bytes(config, torch.bfloat16)
+    assert found.largest == 2 * 1024 * 128  # the output layer; 1000 and 100 filled up
+    head = 2 * (1024 * 128 - 1000 * 100)
+    assert found.filling > head
+    tied = packing_bytes(replace(config, tied_embeddings=True), torch.bfloat16)
+    assert tied.filling == found.filling - head
+    even = replace(DENSE, d_model=64, d_ff=128, num_heads=8, vocab_size=384)
+    assert packing_bytes(even, torch.bfloat16).filling == 0
+
+
+def test_adapters_are_a_part_of_the_plan():
+    with_adapters = replace(SHORT, adapter_bytes=12 * MIB)
+    plans = [plan(storage(DENSE), GIB, workload=load) for load in (SHORT, with_adapters)]
+    assert "adapters" not in plans[0].parts()
+    assert plans[1].parts()["adapters"] == 12 * MIB
+    assert plans[1].total("host") == plans[0].total("host") + 12 * MIB
+    with pytest.raises(ConfigError, match="adapter_bytes is -1; it must be at least 0"):
+        replace(SHORT, adapter_bytes=-1)

@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from engine.errors import EngineError
+from engine.generation import Generation
+from engine.prompt import build_request
 from engine.request import SamplingParams
 from engine.sampling import choose_token, filter_scores, penalize, tell_logprob
+from tests.tiny import DENSE, byte_tokenizer
 
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+CONTINUING = replace(DENSE, continuation_sentinel=None)
 
 
 def draw(params: SamplingParams, logits: torch.Tensor, times: int = 4000) -> torch.Tensor:
@@ -214,3 +218,38 @@ def test_log_probabilities_are_those_of_the_model_and_agree_with_one_another():
 def test_biases_of_one_id_add_up():
     params = SamplingParams(logit_bias=((1, 2.0), (3, -1.5), (1, 0.5)))
     assert penalize(torch.zeros(4), params, {}).tolist() == [0.0, 2.5, 0.0, -1.5]
+
+
+@given(row=ROWS, biases=st.dictionaries(st.integers(0, 2), st.floats(-100, 100), min_size=1))
+def test_biases_equal_those_of_transformers(row, biases):
+    scores = torch.tensor(row)
+    params = SamplingParams(logit_bias=tuple(biases.items()))
+    processor = hf.SequenceBiasLogitsProcessor([[[i], bias] for i, bias in biases.items()])
+    expected = processor(torch.zeros(1, 1, dtype=torch.int64), scores.unsqueeze(0).clone())[0]
+    torch.testing.assert_close(penalize(scores, params, {}), expected)
+
+
+@pytest.mark.parametrize("made", [0, 1, 3, 4])
+def test_the_least_length_equals_that_of_transformers(made):
+    params = SamplingParams(min_tokens=3)
+    row = Generation(
+        build_request("a", byte_tokenizer(), CONTINUING, params, "r"), byte_tokenizer(), CONTINUING
+    )
+    for token_id in [70] * made:
+        row.push(token_id)
+    processor = hf.MinNewTokensLengthLogitsProcessor(len(row.prefix), 3, [1])
+    scores = torch.linspace(-1, 1, CONTINUING.vocab_size)
+    expected = processor(torch.tensor([row.history]), scores.unsqueeze(0).clone())[0]
+    expected[[0, 2]] = -torch.inf  # marks never come
+    assert torch.equal(row.ban(scores), expected)
+
+
+def test_allowed_tokens_equal_those_of_transformers():
+    allowed = (1, 70, 75)
+    params = SamplingParams(allowed_token_ids=allowed)
+    request = build_request("a", byte_tokenizer(), CONTINUING, params, "r")
+    row = Generation(request, byte_tokenizer(), CONTINUING)
+    processor = hf.PrefixConstrainedLogitsProcessor(lambda *_: list(allowed), num_beams=1)
+    scores = torch.linspace(-1, 1, CONTINUING.vocab_size)
+    expected = processor(torch.tensor([row.history]), scores.unsqueeze(0).clone())[0]
+    assert torch.equal(row.ban(scores), expected)

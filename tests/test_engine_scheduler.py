@@ -7,9 +7,9 @@ from engine.scheduler import Demand, Limits, Scheduler
 WIDE = Limits(max_rows=100, max_sweep_tokens=10**6, window_s=0.0)
 
 
-def make_demand(key="", source=10, tokens=10, arrived=0.0, priority=0):
+def make_demand(key="", source=10, tokens=10, arrived=0.0, priority=0, **more):
     return Demand(
-        source_tokens=source, max_tokens=tokens, arrived=arrived, key=key, priority=priority
+        source_tokens=source, max_tokens=tokens, arrived=arrived, key=key, priority=priority, **more
     )
 
 
@@ -55,6 +55,59 @@ def test_a_key_that_was_idle_has_saved_nothing_up():
     scheduler.add(make_demand("late"), "b0")
     scheduler.add(make_demand("late"), "b1")
     assert one_by_one(scheduler) in (["a2", "b0", "a3", "b1"], ["b0", "a2", "b1", "a3"])
+
+
+def test_a_key_with_many_adapters_gets_no_more_than_one_with_none():
+    scheduler = Scheduler(WIDE)
+    for number in range(9):
+        scheduler.add(make_demand("a", adapter=str(number % 3)), f"a{number}")
+    for number in range(3):
+        scheduler.add(make_demand("b", arrived=1.0), f"b{number}")
+    assert [item[0] for item in one_by_one(scheduler)[:6]] == list("ababab")
+
+
+def test_within_a_key_no_adapter_starves_another():
+    scheduler = Scheduler(WIDE)
+    for number in range(5):
+        scheduler.add(make_demand("a", adapter="job"), f"job {number}")
+    scheduler.add(make_demand("a", adapter="other", arrived=1.0), "other")
+    scheduler.add(make_demand("b", adapter="job", arrived=2.0), "b")
+    assert one_by_one(scheduler)[:3] == ["job 0", "b", "other"]
+
+
+def test_a_search_takes_as_many_rows_as_it_has_beams():
+    scheduler = Scheduler(Limits(max_rows=5, window_s=0.0))
+    for name, rows in (("a", 2), ("b", 4), ("c", 1)):
+        scheduler.add(make_demand(rows=rows, own_bytes=1, is_row=False), name)
+    assert scheduler.next_sweep(0.0, 0) == ["a"]
+    assert scheduler.next_sweep(0.0, 2) == []
+    assert scheduler.next_sweep(0.0, 0) == ["b", "c"]
+    scheduler.add(make_demand(rows=9), "wide")
+    assert scheduler.next_sweep(0.0, 1) == []
+    assert scheduler.next_sweep(0.0, 0) == ["wide"]  # nobody beside it
+
+
+def test_fewer_rows_may_be_allowed_for_a_while():
+    scheduler = Scheduler(Limits(max_rows=5, window_s=0.0))
+    for number in range(4):
+        scheduler.add(make_demand(), number)
+    scheduler.max_rows = 2
+    assert scheduler.next_sweep(0.0, 0) == [0, 1]
+    assert scheduler.next_sweep(0.0, 2) == []
+
+
+def test_those_that_need_no_sweep_go_when_it_is_their_turn():
+    scheduler = Scheduler(Limits(max_rows=4, max_sweep_tokens=1, window_s=99.0))
+    for number, key in enumerate("aab"):
+        scheduler.add(make_demand(key, arrived=number), f"{key}{number}")
+
+    def room(demands):
+        return len(demands) < 3
+
+    assert scheduler.next_ready(1, room, lambda item: item != "a1") == ["a0", "b2"]
+    assert scheduler.next_ready(1, room, lambda item: item != "a1") == []
+    assert scheduler.next_ready(4, room, lambda _: True) == []
+    assert [item for _, item in scheduler.waiting()] == ["a1"]
 
 
 def test_priority_goes_before_shares():
@@ -131,7 +184,10 @@ def test_everybody_goes_exactly_once(demands, max_rows, tokens):
     assert sorted(gone) == list(range(len(demands)))
 
 
-@pytest.mark.parametrize("values", [{"max_rows": 0}, {"max_sweep_tokens": 0}, {"window_s": -1.0}])
+@pytest.mark.parametrize(
+    "values",
+    [{"max_rows": 0}, {"max_sweep_tokens": 0}, {"window_s": -1.0}, {"encoder_cache_bytes": -1}],
+)
 def test_impossible_limits_are_refused(values):
     with pytest.raises(ValueError, match="must be at least 1"):
         Limits(**values)

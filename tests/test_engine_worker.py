@@ -1,19 +1,39 @@
 import asyncio
 import itertools
+import logging
+import os
 import random
 import threading
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import pytest
 
 from engine.checkpoint import save_model
-from engine.errors import CheckpointError, EngineStopped, Overloaded, TokenizerError
+from engine.errors import (
+    CheckpointError,
+    EngineStopped,
+    Overloaded,
+    RequestError,
+    TokenizerError,
+)
 from engine.experts import load_offloaded
 from engine.generation import generate
 from engine.prompt import build_request
-from engine.request import Failed, Finished, Piece, Request, SamplingParams
+from engine.request import (
+    BeamParams,
+    Continuations,
+    Embedded,
+    Failed,
+    Finished,
+    Piece,
+    Pooling,
+    Request,
+    SamplingParams,
+    Searched,
+)
 from engine.scheduler import Limits
 from engine.worker import LoadedModel, Worker
 from tests.tiny import MOE, byte_tokenizer, tiny_model
@@ -107,7 +127,7 @@ def test_offloaded_experts_are_counted(tmp_path):
 
     def load_with_budget(report):
         model, experts = load_offloaded(tmp_path / "m", None, 60_000)
-        return LoadedModel(model, TOKENIZER, experts)
+        return LoadedModel(model, TOKENIZER, experts, close=experts.close)
 
     worker = Worker("tiny", load_with_budget)
     assert worker.stats().experts is None
@@ -134,7 +154,7 @@ def test_an_expert_that_cannot_be_read_fails_its_requests_and_the_worker_goes_on
 
     def load_with_budget(report):
         model, experts = load_offloaded(tmp_path / "m", None, 60_000)
-        return LoadedModel(model, TOKENIZER, experts)
+        return LoadedModel(model, TOKENIZER, experts, close=experts.close)
 
     worker = Worker("tiny", load_with_budget)
     worker.start()
@@ -502,6 +522,206 @@ def test_the_wait_that_is_told_follows_the_pace():
     assert worker.drain(TIMEOUT_S)
 
 
+# --- bounds of the queue
+
+
+async def begun(gate, worker, **more):
+    """A request that runs and holds the engine until the gate is opened."""
+    running = worker.submit(request(**more))
+    await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+    return running
+
+
+def gated_worker(**settings):
+    gate = Gate()
+    worker = Worker("tiny", gate.load, **settings)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+    return gate, worker
+
+
+def test_the_queue_is_bounded_by_tokens_as_well():
+    gate, worker = gated_worker(max_queue_tokens=60)
+
+    async def scenario():
+        streams = [await begun(gate, worker, max_tokens=2)]
+        streams.append(worker.submit(request("a" * 90, max_tokens=5)))  # the only one may
+        with pytest.raises(Overloaded, match="1 requests are waiting already, .* 60 tokens"):
+            worker.submit(request(max_tokens=5))
+        assert (worker.stats().queued, worker.stats().queued_tokens) == (1, 96)
+        gate.opened.set()
+        return await asyncio.gather(*map(collect, streams))
+
+    assert all(isinstance(events[-1], Finished) for events in run(scenario()))
+    assert worker.stats().queued_tokens == 0
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_no_key_fills_the_queue_for_all():
+    gate, worker = gated_worker(max_queue=8)
+
+    def ask(key):
+        return worker.submit(replace(request(max_tokens=1), key=key))
+
+    async def scenario():
+        streams = [await begun(gate, worker, max_tokens=1)]
+        streams += [ask("a") for _ in range(4)]
+        with pytest.raises(Overloaded, match="4 requests of this key"):
+            ask("a")
+        with pytest.raises(Overloaded, match="of this key"):
+            worker.require_room(1, key="a")
+        streams += [ask("b") for _ in range(2)]
+        worker.require_room(2)
+        with pytest.raises(Overloaded, match="6 requests are waiting already"):
+            worker.require_room(3)
+        gate.opened.set()
+        return await asyncio.gather(*map(collect, streams))
+
+    assert all(isinstance(events[-1], Finished) for events in run(scenario()))
+    assert worker.drain(TIMEOUT_S)
+    with pytest.raises(EngineStopped, match="the engine is stopped"):
+        worker.require_room(1)
+
+
+def test_what_can_never_be_carried_out_is_refused():
+    worker = ready_worker(limits=Limits(cache_bytes=10_000))
+
+    async def scenario():
+        with pytest.raises(RequestError, match="at least one choice"):
+            worker.submit(replace(request(), task=Continuations(choices=())))
+        with pytest.raises(RequestError, match="a search of 4 beams takes"):
+            worker.submit(replace(request(max_tokens=50), task=BeamParams()))
+
+    run(scenario())
+    assert worker.drain(TIMEOUT_S)
+
+
+def test_tasks_are_answered_and_ends_are_counted():
+    worker = ready_worker()
+
+    async def scenario():
+        searched = worker.submit(replace(request(max_tokens=4), task=BeamParams(num_beams=2)))
+        vector = worker.submit(replace(request(), task=Pooling()))
+        late = worker.submit(replace(request(), deadline_s=1e-6))
+        closed = worker.submit(request(max_tokens=50))
+        await closed.aclose()
+        return [await collect(stream) for stream in (searched, vector, late)]
+
+    searched, vector, late = run(scenario())
+    assert [type(event) for event in searched] == [Searched, Finished]
+    assert [type(event) for event in vector] == [Embedded, Finished]
+    assert [event.is_late for event in late] == [True]
+    stats = worker.stats()
+    assert (stats.requests, stats.failed, stats.cancelled) == (2, 1, 1)
+    assert (stats.max_rows, stats.encoder_cache) == (32, (0, 0, 0))
+    assert worker.drain(TIMEOUT_S)
+
+
+# --- what cannot be mended
+
+
+def test_a_step_that_hangs_fails_the_worker_and_all_its_requests(caplog):
+    gate, worker = gated_worker(stall_s=0.2)
+    assert worker.stalled_s() == 0
+
+    async def scenario():
+        streams = [await begun(gate, worker, max_tokens=2)]
+        streams += [worker.submit(request(max_tokens=2)) for _ in range(2)]
+        assert worker.stalled_s() > 0
+        return await asyncio.gather(*map(collect, streams))
+
+    try:
+        for events in run(scenario()):
+            (failed,) = events
+            assert failed.message.startswith("the engine is stuck: a step has taken 0.")
+        assert (worker.state, worker.is_alive) == ("failed", True)
+        assert worker.failure.endswith("the limit is 0.2 s")
+        assert "self.opened" in caplog.text or "gated" in caplog.text  # where it hangs
+        assert worker.stats().failed == 3
+        assert not worker.drain(0.0)
+    finally:
+        gate.opened.set()
+    wait_until(lambda: not worker.is_alive)
+    assert worker.state == "failed"
+
+
+def test_a_worker_that_goes_on_is_left_alone_by_its_watch():
+    threads = threading.active_count()
+    worker = ready_worker(stall_s=30.0)
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=6)))
+
+    assert isinstance(run(scenario())[-1], Finished)
+    assert (worker.state, worker.stalled_s()) == ("ready", 0.0)
+    assert worker.drain(TIMEOUT_S)
+    worker._ended.wait(TIMEOUT_S)
+    wait_until(lambda: threading.active_count() == threads)
+
+
+def test_a_device_that_is_lost_fails_the_worker_for_good():
+    def load_lost(report):
+        loaded = load(report)
+
+        def step(*_):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        loaded.model.step = step
+        return loaded
+
+    worker = Worker("tiny", load_lost)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        streams = [worker.submit(request(max_tokens=2)) for _ in range(2)]
+        return await asyncio.gather(*map(collect, streams))
+
+    ended = [Failed("the engine ended before the request was finished")]
+    assert run(scenario()) == [ended, ended]
+    wait_until(lambda: not worker.is_alive)
+    assert worker.state == "failed"
+    assert worker.failure.startswith("the device has failed: CUDA error: device-side assert")
+
+
+def test_experts_that_arrive_after_the_drain_are_closed(tmp_path):
+    save_model(tiny_model(), tmp_path / "m")
+    gate, threads, opened = threading.Event(), threading.active_count(), []
+
+    def num_stores():
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(os.path.realpath(link).startswith(str(tmp_path)) for link in links)
+
+    def slow_load(report):
+        report("reading weights")
+        assert gate.wait(TIMEOUT_S)
+        model, experts = load_offloaded(tmp_path / "m", None, 60_000)
+        opened.append(num_stores())
+        return LoadedModel(model, TOKENIZER, experts, close=experts.close)
+
+    worker = Worker("tiny", slow_load)
+    worker.start()
+    wait_until(lambda: worker.phase == "reading weights")
+    assert not worker.drain(0.0)
+    gate.set()
+    wait_until(lambda: not worker.is_alive)
+    assert worker.state == "stopped"
+    assert opened[0] >= 4  # a store for each layer
+    assert num_stores() == 0
+    assert threading.active_count() == threads
+
+
+def test_a_model_that_does_not_fit_its_tokenizer_is_closed():
+    closed = []
+    model = tiny_model(replace(MOE, vocab_size=300))
+    with pytest.raises(TokenizerError):
+        LoadedModel(model, TOKENIZER, close=lambda: closed.append(True))
+    assert closed == [True]
+
+
+# --- all at once
+
+
 def submit_unless_full(worker, asked):
     try:
         return worker.submit(asked)
@@ -509,18 +729,36 @@ def submit_unless_full(worker, asked):
         return None
 
 
+TASKS = (None, None, BeamParams(num_beams=3), Continuations(choices=((65,), (66, 67))), Pooling())
+
+
+def draw_request(draw, name, index):
+    """Something of everything that a request may ask for."""
+    task = draw.choice(TASKS)
+    asked = request(
+        "a" * draw.randint(1, 30),
+        name,
+        max_tokens=draw.randint(1, 4),
+        temperature=draw.choice([0.0, 1.5]),
+        seed=index,
+        stop=draw.choice([(), ("b", "ab")]),
+    )
+    return replace(
+        asked,
+        task=task,
+        key=draw.choice(["", "k", "l"]),
+        priority=draw.choice([0, 0, 1]),
+        deadline_s=draw.choice([None, None, 0.002, 0.05, 60.0]),
+        salt=draw.choice([None, "s"]),
+        decoder_ids=() if isinstance(task, Pooling) else draw.choice([(), (65,), (66, 67, 68)]),
+    )
+
+
 async def serve_some(worker, number, ends):
     """Send requests one after the other; some are closed before, some while they are served."""
     draw = random.Random(number)
-    for index in range(150):
-        asked = request(
-            "a" * draw.randint(1, 30),
-            f"{number}-{index}",
-            max_tokens=draw.randint(1, 4),
-            temperature=draw.choice([0.0, 1.5]),
-            seed=index,
-            stop=draw.choice([(), ("b", "ab")]),
-        )
+    for index in range(100):
+        asked = draw_request(draw, f"{number}-{index}", index)
         while (stream := submit_unless_full(worker, asked)) is None:
             ends["refused"] += 1
             await asyncio.sleep(0.001)
@@ -535,33 +773,77 @@ async def serve_some(worker, number, ends):
         is_cancelled = not any(last)
         assert not is_cancelled or len(events) == patience
         ends["cancelled" if is_cancelled else type(events[-1]).__name__] += 1
+        ends["late"] += any(getattr(event, "is_late", False) for event in events)
+        ends["timeout"] += any(getattr(event, "stop_reason", "") == "timeout" for event in events)
+        ends["cached"] += any(getattr(event, "cached_tokens", 0) for event in events)
 
 
-@pytest.mark.slow  # 3,000 requests
-def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind():
+class BrittleExperts:
+    """Experts that cannot be read now and then."""
+
+    def __init__(self, experts, sometimes):
+        self.experts, self.sometimes = experts, sometimes
+
+    def foresee(self, layer, x):
+        pass
+
+    def stream(self, layer, wanted):
+        self.sometimes(CheckpointError("cannot be read"), 397)
+        return self.experts.stream(layer, wanted)
+
+
+class BrittleTokenizer:
+    """A tokenizer that cannot spell now and then."""
+
+    def __init__(self, sometimes):
+        self.sometimes = sometimes
+
+    def __getattr__(self, name):
+        if name == "spell":
+            self.sometimes(TokenizerError("the vocabulary is damaged"), 61)
+        return getattr(TOKENIZER, name)
+
+
+def load_brittle(report):
+    """A model of which every part fails now and then."""
     turns = itertools.count(1)
 
-    def load_brittle(report):
-        loaded = load(report)
-        model, cross = loaded.model, loaded.model.decoder.blocks()[0].cross_attention
-        for part, name, often in (
-            (model, "encode_layers", 41),
-            (model, "step", 97),
-            (cross, "project", 53),
-        ):
-            setattr(part, name, brittle(getattr(part, name), often))
-        return loaded
+    def sometimes(error, often):
+        if next(turns) % often == 0:
+            raise error
 
     def brittle(call, often):
-        def sometimes(*args):
-            if next(turns) % often == 0:
-                raise MemoryError
+        def called(*args):
+            sometimes(MemoryError(), often)
             return call(*args)
 
-        return sometimes
+        return called
 
+    model = tiny_model()
+    experts = model.experts
+    del model.experts
+    model.experts = BrittleExperts(experts, sometimes)
+    cross = model.decoder.blocks()[0].cross_attention
+    for part, name, often in (
+        (model, "encode_layers", 41),
+        (model, "step", 97),
+        (model, "decode", 23),
+        (model, "logits", 151),  # beside the sampler
+        (cross, "project", 53),
+    ):
+        setattr(part, name, brittle(getattr(part, name), often))
+    report("reading weights")
+    return LoadedModel(model, BrittleTokenizer(sometimes))
+
+
+@pytest.mark.slow  # 2,000 requests
+def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind(caplog):
+    caplog.set_level(logging.CRITICAL)  # hundreds of failures, each with its stack
     threads = threading.active_count()
-    worker = Worker("tiny", load_brittle, max_queue=8, limits=Limits(max_rows=8, window_s=0.001))
+    limits = Limits(max_rows=8, window_s=0.001, cache_bytes=300_000, encoder_cache_bytes=30_000)
+    worker = Worker(
+        "tiny", load_brittle, max_queue=8, limits=limits, max_queue_tokens=400, stall_s=60.0
+    )
     worker.start()
     wait_until(lambda: worker.state == "ready")
     ends = Counter()
@@ -570,15 +852,20 @@ def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind():
         await asyncio.gather(*(serve_some(worker, number, ends) for number in range(20)))
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
-    wait_until(lambda: not worker._open)
-    assert ends.total() - ends["refused"] == 3000
-    assert ends["Finished"] > 800
-    assert min(ends["cancelled"], ends["refused"], ends["Failed"]) > 0
+    wait_until(lambda: not (worker.stats() and worker._open))
+    wait_until(lambda: not worker.stats().running)
+    assert ends["Finished"] + ends["Failed"] + ends["cancelled"] == 2000
+    assert ends["Finished"] > 500
+    assert min(ends[name] for name in ("cancelled", "refused", "Failed", "late", "cached")) > 0
     stats, engine = worker.stats(), worker._engine
-    assert (stats.queued, stats.running) == (0, 0)
+    assert (stats.queued, stats.queued_tokens, stats.running) == (0, 0, 0)
+    assert stats.requests + stats.failed + stats.cancelled == 2000
     assert stats.requests >= ends["Finished"]
+    assert stats.failed >= ends["Failed"]
+    assert stats.encoder_cache.nbytes <= 30_000
+    assert stats.encoder_cache.hits >= ends["cached"]
     assert not engine._jobs
     assert not len(engine.scheduler)
-    assert len(engine._batch._cache) == 0
+    assert len(engine._batch._cache) == len(engine._courses) == engine._courses.nbytes == 0
     assert worker.drain(TIMEOUT_S)
-    assert threading.active_count() == threads
+    wait_until(lambda: threading.active_count() == threads)

@@ -5,6 +5,8 @@ F feed-forward width, H heads, K head width.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
+from engine.model.packed import packed_product
 from engine.model.quantized import QuantizedMatrix
+from engine.model.spans import Span, attend_spans
+from engine.model.tiles import in_tiles, in_vectors, quantized_tile_rows
 
 Matrix = Tensor | QuantizedMatrix
+Bias = Tensor | list[Span]
 
 
 class FeedForwardWeights(NamedTuple):
@@ -34,32 +40,69 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Source: RMSNorm (arXiv:1910.07467), as T5 and CPM-2 use it.
     """
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(weight_D.dtype) * weight_D
+    # torch computes it in fp32; given the weight, it would round to bf16 after it, not before
+    return F.rms_norm(x, weight_D.shape, None, eps).to(weight_D.dtype) * weight_D
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """Product of x and the transposed matrix, whichever way the matrix is stored."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight.linear(x)
+    if not isinstance(weight, Tensor):
+        return weight.linear(x)
+    return packed_product(x, weight) if weight.is_mkldnn else F.linear(x, weight)
 
 
-def feed_forward(x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig) -> Tensor:
+def feed_forward(
+    x_ND: Tensor, weights: FeedForwardWeights, config: ModelConfig, tile_rows: int = 0
+) -> Tensor:
     """Compute FF(norm(x)) without the residual, for a dense block and for an expert alike.
 
-    Returns (N, D).
+    Returns (N, D); with `tile_rows`, computed in tiles of so many rows.
 
     The activated branch is wi_0; GELU is the tanh approximation.
     """
-    normed_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
-    hidden_NF = linear(normed_ND, weights.wi_0)
+    if tile_rows:
+        own = tile_rows if isinstance(weights.wo, Tensor) else quantized_tile_rows(tile_rows)
+        activate = partial(in_vectors, partial(_activate, config=config))
+        compute = partial(_feed_forward, weights=weights, config=config, activate=activate)
+        return in_tiles(compute, x_ND, own)
+    return _feed_forward(x_ND, weights, config, partial(_activate, config=config))
+
+
+def _activate(hidden_NF: Tensor, config: ModelConfig) -> Tensor:
     if config.activation == "relu":
-        hidden_NF = F.relu(hidden_NF)
-    else:
-        hidden_NF = F.gelu(hidden_NF, approximate="tanh")
+        return F.relu(hidden_NF)
+    return F.gelu(hidden_NF, approximate="tanh")
+
+
+def _feed_forward(
+    x_ND: Tensor,
+    weights: FeedForwardWeights,
+    config: ModelConfig,
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    normed_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
+    hidden_NF = activate(linear(normed_ND, weights.wi_0))
     if weights.wi_1 is not None:
         hidden_NF = hidden_NF * linear(normed_ND, weights.wi_1)
     return linear(hidden_NF, weights.wo)
+
+
+class Linear(nn.Linear):
+    """A product without a bias, whose weight may be packed (`pack_linears`).
+
+    With `tile_rows` it is computed in tiles of so many rows (`set_invariant`).
+    """
+
+    tile_rows = 0
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., inputs) to (..., outputs)."""
+        if self.tile_rows:
+            return in_tiles(lambda tile: linear(tile, self.weight), x, self.tile_rows)
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -78,20 +121,22 @@ class RMSNorm(nn.Module):
 class FeedForward(nn.Module):
     """The dense feed-forward sublayer: x + FF(norm(x))."""
 
+    tile_rows = 0
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff)
         if config.gated:
-            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+            self.wi_1 = Linear(config.d_model, config.d_ff)
+        self.wo = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         gate = self.wi_1.weight if self.config.gated else None
         weights = FeedForwardWeights(self.norm.weight, self.wi_0.weight, gate, self.wo.weight)
-        return x + feed_forward(x, weights, self.config)
+        return x + feed_forward(x, weights, self.config, self.tile_rows)
 
 
 class SelfAttention(nn.Module):
@@ -102,18 +147,18 @@ class SelfAttention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.qkv = nn.Linear(config.d_model, 3 * inner, bias=False)
-        self.out = nn.Linear(inner, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, 3 * inner)
+        self.out = Linear(inner, config.d_model)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of normed x, each (B, H, T, K)."""
         q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, dim=-1)
         return tuple(split_heads(part, self.num_heads) for part in (q, k, v))  # type: ignore[return-value]
 
-    def forward(self, x_BTD: Tensor, bias_BHTT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias: Bias) -> Tensor:
         """Attend over x itself; the bias holds relative positions and mask."""
         q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD)
-        mixed: Tensor = self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias_BHTT))
+        mixed: Tensor = self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias))
         return x_BTD + mixed
 
 
@@ -128,16 +173,16 @@ class CrossAttention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.query = nn.Linear(config.d_model, inner, bias=False)
-        self.key_value = nn.Linear(config.d_model, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, config.d_model, bias=False)
+        self.query = Linear(config.d_model, inner)
+        self.key_value = Linear(config.d_model, 2 * inner)
+        self.out = Linear(inner, config.d_model)
 
     def project(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder output, each (B, H, S, K)."""
         k, v = self.key_value(encoded_BSD).chunk(2, dim=-1)
         return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Bias) -> Tensor:
         """Attend over projected encoder output; the bias (B, 1, T or 1, S) is the mask."""
         q_BHTK = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
         mixed: Tensor = self.out(attend(q_BHTK, k_BHSK, v_BHSK, bias))
@@ -150,11 +195,13 @@ def split_heads(x_BTI: Tensor, num_heads: int) -> Tensor:
     return x_BTI.view(rows, length, num_heads, inner // num_heads).transpose(1, 2)
 
 
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor) -> Tensor:
-    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S).
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Bias) -> Tensor:
+    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S), or in spans.
 
     Returns (B, T, H*K).
     """
+    if isinstance(bias, list):
+        return attend_spans(attend, q_BHTK, k_BHSK, v_BHSK, bias)
     out_BHTK = F.scaled_dot_product_attention(
         q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype), scale=1.0
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.model.layers import FeedForwardWeights, feed_forward, rms_norm
+from engine.model.tiles import in_tiles, in_vectors
 
 Assign = Callable[[Tensor], Tensor]
 
@@ -64,6 +65,8 @@ class MoELayer(nn.Module):
     Source: CPM-2 (arXiv:2106.10715) s2.3; BASE layers (arXiv:2103.16716); InfMoE's three variants.
     """
 
+    tile_rows = 0
+
     def __init__(self, config: ModelConfig, name: str) -> None:
         super().__init__()
         self.config = config
@@ -82,7 +85,10 @@ class MoELayer(nn.Module):
         if self.config.router == "cpm_2":
             x_ND = rms_norm(x_ND, self.router_norm, self.config.norm_eps)
         with torch.autocast(x_ND.device.type, enabled=False):
-            return x_ND.float() @ self.centroids.float().T
+            centroids_DE = self.centroids.float().T
+            if self.tile_rows:
+                return in_tiles(lambda tile: tile @ centroids_DE, x_ND.float(), self.tile_rows)
+            return x_ND.float() @ centroids_DE
 
     def forward(self, x: Tensor, experts: ExpertSource) -> Tensor:
         """Map (..., D) to (..., D).
@@ -100,13 +106,16 @@ class MoELayer(nn.Module):
         rows_seen, parts = [], []
         for expert, weights in experts.stream(self.name, wanted):
             rows_R = rows[expert]
-            parts.append(feed_forward(x_ND[rows_R], weights, self.config))
+            parts.append(feed_forward(x_ND[rows_R], weights, self.config, self.tile_rows))
             rows_seen.append(rows_R)
         back_N = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
         update_ND = torch.cat(parts)[back_N]
         if self.config.router == "base_layer":
             chosen_N1 = scores_NE.gather(1, expert_N.unsqueeze(1))
-            update_ND = update_ND * torch.sigmoid(chosen_N1).to(update_ND.dtype)
+            share_N1 = (
+                in_vectors(torch.sigmoid, chosen_N1) if self.tile_rows else chosen_N1.sigmoid()
+            )
+            update_ND = update_ND * share_N1.to(update_ND.dtype)
         return x + update_ND.view_as(x)
 
 

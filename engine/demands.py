@@ -1,0 +1,78 @@
+"""What a request asks of the engine before it runs: whether it can be, how many rows and bytes."""
+
+from engine.batch import MAX_PREFIX
+from engine.beam import require_no_blanks
+from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.errors import RequestError
+from engine.footprint import Workload, cache_bytes
+from engine.model.transformer import Transformer
+from engine.request import MAX_LOGPROBS, BeamParams, Continuations, Pooling, Request
+from engine.scheduler import Demand
+
+
+def make_demand(request: Request, model: Transformer, arrived: float = 0.0) -> Demand:
+    """What the scheduler must know of a request that came at a time of `perf_counter`."""
+    deadline_s = request.deadline_s
+    return Demand(
+        source_tokens=request.source.num_positions,
+        max_tokens=target_tokens(request),
+        arrived=arrived,
+        key=request.key,
+        adapter=request.adapter.name if request.adapter else "",
+        priority=request.priority,
+        deadline=None if deadline_s is None else arrived + deadline_s,
+        rows=num_rows(request),
+        own_bytes=search_bytes(request, model),
+        is_row=request.task is None,
+    )
+
+
+def check_task(request: Request, config: ModelConfig) -> None:
+    """Raise RequestError if a request cannot do what it asks for."""
+    task = request.task
+    if isinstance(task, BeamParams):
+        require_no_blanks(request)
+    if not isinstance(task, Continuations):
+        return
+    if not task.choices or not all(task.choices):
+        raise RequestError("give at least one choice, and no empty one", "choices")
+    if unknown := [i for ids in task.choices for i in ids if not 0 <= i < config.vocab_size]:
+        raise RequestError(
+            f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "choices"
+        )
+    limit = config.max_positions * LENGTH_FACTOR
+    longest = max(map(len, task.choices)) + len(request.decoder_ids)
+    if longest > limit:
+        raise RequestError(f"a choice has {longest} tokens; the limit is {limit}", "choices")
+    if not 0 <= task.top <= MAX_LOGPROBS:
+        raise RequestError(f"top is {task.top}; allowed: 0 to {MAX_LOGPROBS}", "logprobs")
+
+
+def num_rows(request: Request) -> int:
+    """Rows of the batch that a request takes."""
+    return request.task.num_beams if isinstance(request.task, BeamParams) else 1
+
+
+def target_tokens(request: Request) -> int:
+    """Tokens that the decoder reads or makes for each row of a request, but for its start."""
+    task, given = request.task, len(request.decoder_ids)
+    if isinstance(task, Continuations):
+        return sum(given + len(choice) for choice in task.choices)
+    return 0 if isinstance(task, Pooling) else given + request.params.max_tokens
+
+
+def search_bytes(request: Request, model: Transformer) -> int:
+    """Bytes of caches that a search takes for itself; 0 for any other request.
+
+    As many rows as it has beams: they share what they read of the text, but are copied in between.
+    """
+    if not isinstance(request.task, BeamParams):
+        return 0
+    target = MAX_PREFIX + target_tokens(request)
+    return row_bytes(model, num_rows(request), request.source.num_positions, target)
+
+
+def row_bytes(model: Transformer, rows: int, source_tokens: int, target_tokens: int) -> int:
+    """Bytes of the caches of rows of those lengths."""
+    load = Workload(rows=rows, source_tokens=source_tokens, target_tokens=target_tokens)
+    return cache_bytes(model.config, model.embedding.weight.dtype, load)

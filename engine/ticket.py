@@ -1,0 +1,54 @@
+"""One accepted request on its way between the event loop and the engine thread."""
+
+import asyncio
+import threading
+from time import perf_counter
+
+from engine.request import Event, Failed, Finished, Request
+
+
+class Ticket:
+    """What `Worker.submit` returns: an async iterator of events; closing it cancels the request.
+
+    `num_tokens` is what it may take in all, for the bounds of the queue.
+    """
+
+    def __init__(
+        self, request: Request, loop: asyncio.AbstractEventLoop, num_tokens: int = 0
+    ) -> None:
+        self.request = request
+        self.num_tokens = num_tokens
+        self.submitted = perf_counter()
+        self.cancelled = threading.Event()
+        self._loop = loop
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._done = False
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody listens any more."""
+        return self.cancelled.is_set()
+
+    def put(self, event: Event) -> None:
+        """Hand an event over, from the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            self.cancelled.set()
+
+    def __aiter__(self) -> "Ticket":
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._done:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if event is None:
+            raise StopAsyncIteration
+        self._done = isinstance(event, Finished | Failed)
+        return event
+
+    async def aclose(self) -> None:
+        """Stop listening; the engine drops the request at its next step."""
+        self._done = True
+        self.cancelled.set()
+        self._events.put_nowait(None)  # for who waits for an event: none will come
