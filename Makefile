@@ -20,10 +20,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 serve: $(VENV)/.serve
 	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT)
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest
+test: $(VENV)/.test $(VENV)/.clients
+	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/python -m pytest
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test $(VENV)/.clients
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -49,4 +49,10 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) -c constraints.txt -e ".[test]"
+	touch $@
+
+# Clients that people use, for tests/test_clients.py; the one in JavaScript only where npm is there.
+$(VENV)/.clients: $(VENV)/.test
+	$(PIP) -c constraints.txt -e ".[clients]"
+	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)/node openai@6
 	touch $@

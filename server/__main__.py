@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("server.cli", "serve", "Serve a model over HTTP."),
+    "keys": Command("server.cli_keys", "app", "Make, list and revoke the keys of a server."),
     "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
     "score": Command("engine.cli_score", "score", "Choose the likeliest of several answers."),
     "tokenize": Command("engine.cli", "tokenize", "Show the tokens of a text."),
@@ -34,8 +35,13 @@ COMMANDS = {
         "engine.cli_bench", "bench_engine", "Compare our engine with transformers and CTranslate2."
     ),
     "bench-gpu": Command("engine.cli_bench", "bench_gpu", "Measure a GPU with random weights."),
+    "bench-server": Command(
+        "server.cli_bench", "bench_server", "Measure what the gateway costs, and a load."
+    ),
     "train": Command("training.cli", "train", "Train a model as a recipe says."),
     "eval": Command("training.cli", "compare", "Measure a model against a reference."),
+    "grow": Command("training.cli_growth", "grow", "Grow a model without losing what it learnt."),
+    "adapter": Command("training.cli_growth", "app", "Carry soft prompts to a grown model."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),
 }
 
@@ -45,10 +51,11 @@ def not_chosen() -> None:
     raise AssertionError("a sub-command was run without being imported")
 
 
-def load(command: Command) -> Callable[..., None]:
-    """Import the function of a sub-command."""
-    function: Callable[..., None] = getattr(import_module(command.module), command.function)
-    return function
+def load(command: Command) -> Callable[..., None] | typer.Typer:
+    """Import the function of a sub-command, or the group of them that it stands for."""
+    found: Callable[..., None] | typer.Typer
+    found = getattr(import_module(command.module), command.function)
+    return found
 
 
 def build_app(chosen: str | None) -> typer.Typer:
@@ -60,10 +67,12 @@ def build_app(chosen: str | None) -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, command in COMMANDS.items():
-        if name == chosen:
-            app.command(name)(load(command))  # its own docstring is the longer help
-        else:
+        if name != chosen:
             app.command(name, help=command.help)(not_chosen)
+        elif isinstance(loaded := load(command), typer.Typer):
+            app.add_typer(loaded, name=name)
+        else:
+            app.command(name)(loaded)  # its own docstring is the longer help
     return app
 
 

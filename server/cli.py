@@ -4,15 +4,21 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.errors import ConfigError
 from server.app import create_app
-from server.lifecycle import is_loopback, open_socket, run_to_exit
+from server.keys import read_keys
+from server.lifecycle import leave_on_signals, open_socket, run_to_exit
+from server.log_format import configure_logging, say
 from server.protocol import Engine
-from server.settings import DtypeName, LogLevel, Settings, read_settings
+from server.settings import DtypeName, LogLevel, Settings, is_loopback
+from server.settings_sources import join_settings, parse_assignments, print_settings
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +28,7 @@ def open_engine(model: Path, settings: Settings) -> Engine:
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
+    from engine.model.transformer import set_invariant
     from engine.planning import MemoryPlan
     from engine.routing import record_routing
     from engine.scheduler import Limits
@@ -43,7 +50,10 @@ def open_engine(model: Path, settings: Settings) -> Engine:
             settings.gpu_memory,
             report_phase,
             log_plan,
+            progress=worker.progress,
         )
+        if settings.invariant:
+            set_invariant(loaded.model)
         close = loaded.close
         if settings.record_routing is not None:
             recorder, path = record_routing(loaded.model), settings.record_routing
@@ -56,20 +66,28 @@ def open_engine(model: Path, settings: Settings) -> Engine:
         return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan, close)
 
     worker = Worker(
-        model.resolve().name,
+        settings.model_name or model.resolve().name,
         load,
         max_queue=settings.max_queue,
-        limits=Limits(max_rows=settings.max_rows),
+        max_queue_tokens=settings.max_queue_tokens,
+        stall_s=settings.stall_s,
+        limits=Limits(max_rows=settings.max_rows, encoder_cache_bytes=settings.encoder_cache),
     )
     worker.start()
     return worker
 
 
-def configure_logging(level: str) -> None:
-    """Plain lines on standard error, for our own modules and for uvicorn."""
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level.upper(), format=line)
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+def make_tracing(settings: Settings, model_name: str) -> "Tracing | None":
+    """Where traces go, if anywhere. Raises ConfigError if that is no address or OTel is missing."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from server.tracing import open_tracing  # not at the top: its packages are an extra
+    except ImportError as error:
+        raise ConfigError(
+            f"setting otlp_endpoint: {error}; pip install 'infmoe[otel]' has what it needs"
+        ) from error
+    return open_tracing(settings.otlp_endpoint, model_name)
 
 
 def greeting(listener: socket.socket) -> str:
@@ -78,7 +96,7 @@ def greeting(listener: socket.socket) -> str:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     json = '{"prompt": "Hello", "max_tokens": 32}'
     curl = f"curl {address}/v1/completions -H 'content-type: application/json' -d '{json}'"
-    return f"infmoe: listening on {address}; when it is ready, try: {curl}"
+    return f"listening on {address}; when it is ready, try: {curl}"
 
 
 def serve(  # noqa: PLR0913  the options are the interface
@@ -106,35 +124,73 @@ def serve(  # noqa: PLR0913  the options are the interface
         Path | None, typer.Option(help="Write which experts were wanted, for infmoe simulate.")
     ] = None,
     log_level: Annotated[LogLevel | None, typer.Option(help="Least level to log.")] = None,
+    keys_file: Annotated[
+        Path | None, typer.Option(help="Keys of the callers; `infmoe keys` writes it.")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="Serve everybody, on any address.")
+    ] = False,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Directory of soft prompts, which is watched.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as NAME=VALUE.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; INFMOE_CONFIG if left out.")
+    ] = None,
+    is_print: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings with their origins and end.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI clients expect it.
 
-    Options win over the environment: INFMOE_HOST, INFMOE_PORT and so on.
+    Options win over the environment (INFMOE_HOST, INFMOE_PORT and so on), that over the file.
     """
-    settings = read_settings(
-        model=model,
-        host=host,
-        port=port,
-        dtype=dtype,
-        memory=memory,
-        gpu_memory=gpu_memory,
-        max_rows=max_rows,
-        max_queue=max_queue,
-        record_routing=record_routing,
-        log_level=log_level,
-    )
+    options: dict[str, object] = {
+        "model": model,
+        "host": host,
+        "port": port,
+        "dtype": dtype,
+        "memory": memory,
+        "gpu_memory": gpu_memory,
+        "max_rows": max_rows,
+        "max_queue": max_queue,
+        "record_routing": record_routing,
+        "log_level": log_level,
+        "keys_file": keys_file,
+        "allow_unauthenticated": allow_unauthenticated or None,
+        "adapters": adapters,
+        **parse_assignments(assignments or ()),
+    }
+    settings, origins = join_settings(options, config)
+    if is_print:
+        typer.echo(print_settings(settings, origins))
+        return
+    start(settings)
+
+
+def start(settings: Settings) -> None:
+    """Serve until the end. Raises ConfigError if that is not possible with such settings."""
     if settings.model is None:
         raise typer.BadParameter("give a model directory or set INFMOE_MODEL", param_hint="MODEL")
     if not settings.model.is_dir():
         raise ConfigError(f"{settings.model} is not a directory")
+    settings.require_safe()
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)  # what is wrong with it is told before anything is loaded
     if settings.record_routing is not None:
         from engine.routing import check_trace_path  # not at the top: see open_engine
 
         check_trace_path(settings.record_routing)
-    configure_logging(settings.log_level)
-    if not is_loopback(settings.host):
+    configure_logging(settings.log_level, settings.log_format)
+    tracing = make_tracing(settings, settings.model_name or settings.model.resolve().name)
+    if not settings.has_keys and not is_loopback(settings.host):
         logger.warning("listening on %s without authentication", settings.host)
     with open_socket(settings.host, settings.port) as listener:
-        typer.echo(greeting(listener), err=True)
+        say(logging.INFO, greeting(listener))
+        leave_on_signals()
         engine = open_engine(settings.model, settings)
-        run_to_exit(create_app(engine, settings), engine, listener, settings.drain_s)
+        app = create_app(engine, settings, tracing)
+        close = tracing.close if tracing is not None else lambda: None
+        run_to_exit(app, engine, listener, settings.drain_s, settings.drain_delay_s, close)

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from engine.errors import (
     CheckpointError,
@@ -39,6 +40,7 @@ ROUTER_ERRORS = {
     400: ("invalid_json", "the body cannot be read as JSON in UTF-8"),
     404: ("not_found", "no such path; /openapi.json lists what there is"),
     405: ("method_not_allowed", "this path does not take this method"),
+    408: ("request_timeout", "the body did not arrive in time"),
     413: ("body_too_large", "the body is too large"),
 }
 CLIENT_GONE = 499  # nobody reads it; the log and the metrics do
@@ -56,12 +58,20 @@ class ApiError(Exception):
         code: str,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        limit: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.limit = limit  # which of a key's limits it is about
+
+    def note(self, notes: dict[str, object]) -> None:
+        """Leave word for the log and the metrics."""
+        notes["error"] = self.code
+        if self.limit is not None:
+            notes["limit"] = self.limit
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON object of the reply."""
@@ -133,12 +143,18 @@ async def on_error(request: Request, error: Exception) -> Response:
     problem = api_error(error)
     state = request.scope.get("state", {})
     request_id = state.get("request_id", "")
-    state.get("notes", {})["error"] = problem.code
+    problem.note(state.get("notes", {}))
     if problem.status == 500:  # the client is not told, so the log must be
         logger.error("id=%s %s: %s", request_id, type(error).__name__, error)
     response = problem.response()
     response.headers["x-request-id"] = request_id
     return response
+
+
+async def refuse(problem: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request that no route gets to see."""
+    problem.note(scope["state"]["notes"])
+    await problem.response()(scope, receive, send)
 
 
 async def on_client_gone(_request: Request, _error: Exception) -> Response:

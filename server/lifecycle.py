@@ -1,12 +1,13 @@
 """The server process: a port opened early, a drain at a signal, an exit status that tells."""
 
 import asyncio
-import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from engine.errors import EngineStopped
+from server.connections import PatientProtocol
+from server.log_format import say
 from server.protocol import Engine
 
 logger = logging.getLogger(__name__)
@@ -34,49 +37,57 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 class DrainingServer(uvicorn.Server):
     """uvicorn that goes on listening while the engine drains, and stops when the engine has ended.
 
     Left to itself, uvicorn closes its port before the application hears of the signal, and raises
-    the signal again at the end, which looks like a crash.
+    the signal again at the end, which looks like a crash. At SIGTERM it listens for at least
+    `delay_s`, so that who asks whether it is ready is told, and is not refused the connection; who
+    stops it by hand need not wait.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine, drain_s: float, delay_s: float = 0.0
+    ) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_s = drain_s
+        self._delay_s = delay_s
+        self._first_signal = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  inherited
         """Drain at the first signal, leave at the second."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._first_signal = self._first_signal or sig
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._engine.state in ENDED
 
     async def main_loop(self) -> None:
         await super().main_loop()
-        if not self.should_exit:
-            return
+        if self.should_exit:
+            await self._drain()
+
+    async def _drain(self) -> None:
         logger.info("draining for up to %.0f s", self._drain_s)
+        delay_s = self._delay_s if self._first_signal == signal.SIGTERM else 0.0
+        clock = asyncio.get_running_loop().time
+        listen_until_s = clock() + delay_s
         # Not a thread of the pool: at the end asyncio waits for those, also when told to hurry.
         drain = threading.Thread(target=self._engine.drain, args=(self._drain_s,), daemon=True)
         drain.start()
-        while drain.is_alive() and not self.force_exit:
-            await asyncio.to_thread(drain.join, POLL_S)
+        while (  # noqa: ASYNC110  signals set no event
+            drain.is_alive() or clock() < listen_until_s
+        ) and not self.force_exit:
+            await asyncio.sleep(POLL_S)
         if self.force_exit:  # open streams still get their error; nobody waits for the engine
             self._engine.drain(0.0)
 
 
-def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -> None:
+def run(
+    app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float, delay_s: float = 0.0
+) -> None:
     """Serve until a signal comes or the engine ends.
 
     Raises:
@@ -84,7 +95,7 @@ def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -
     """
     config = uvicorn.Config(
         app,
-        http="h11",  # the one parser that limits headers
+        http=PatientProtocol,  # of h11, the one parser that limits headers
         ws="none",
         lifespan="off",
         log_config=None,
@@ -94,7 +105,7 @@ def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -
         timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=CLOSE_S,
     )
-    server = DrainingServer(config, engine, drain_s)
+    server = DrainingServer(config, engine, drain_s, delay_s)
     server.run(sockets=[listener])
     if server.force_exit:
         raise EngineStopped("stopped by a second signal before all requests had ended")
@@ -102,20 +113,33 @@ def run(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -
         raise EngineStopped(f"the engine has ended: {engine.failure or 'see the log'}")
 
 
-def run_to_exit(app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float) -> None:
-    """As `run`, but if the engine is still computing at the end, leave the process there and then.
+def run_to_exit(
+    app: ASGIApp,
+    engine: Engine,
+    listener: socket.socket,
+    drain_s: float,
+    delay_s: float = 0.0,
+    close: Callable[[], None] = lambda: None,
+) -> None:
+    """As `run`, then `close`; a failure, or an engine that still computes, ends the process there.
 
     Python cannot end under a thread that is inside torch: the process would abort.
     """
     try:
-        run(app, engine, listener, drain_s)
+        run(app, engine, listener, drain_s, delay_s)
     except EngineStopped as error:
-        if engine.state in ENDED:
-            raise
-        sys.stderr.write(f"infmoe: error: {error}\n")
+        close()
+        say(logging.CRITICAL, str(error))
         leave(1)
+    close()
     if engine.state not in ENDED:
         leave(0)
+
+
+def leave_on_signals() -> None:
+    """Until there is a server to drain, a signal ends the process at once, and well."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: leave(0))
 
 
 def leave(status: int) -> NoReturn:

@@ -1,41 +1,99 @@
-"""Log-probabilities as OpenAI's completions tell them: four lists with an entry for each token."""
+"""Log-probabilities as the different routes tell them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from engine.request import TokenLogprob
-from server.schemas import Logprobs
+from engine.tokenizer import Tokenizer
+from server.parts import Spot
+from server.schemas_chat import ChatLogprobs, ChatToken, ChatTop
+from server.schemas_completions import Logprobs, PromptLogprob, TokenInfo
 
 LOWEST = -9999.0  # JSON has no infinity
 
-NameToken = Callable[[int], str]
+
+class TokenNames:
+    """Names of tokens in log-probabilities: their text, which two may share, or their id."""
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+
+    def name(self, token_id: int) -> str:
+        """The text of a token; an end mark has none and goes by its id."""
+        by_id = f"token_id:{token_id}"
+        return by_id if self._as_ids else self._tokenizer.decode([token_id]) or by_id
+
+    def spell(self, token_id: int) -> list[int] | None:
+        """The bytes of a token, which may be a part of a character; None if it has none."""
+        spelled, _ = self._tokenizer.spell(token_id, 0)
+        return list(spelled) or None
 
 
-def tell_logprobs(entries: Sequence[TokenLogprob], offset: int, name_token: NameToken) -> Logprobs:
-    """The lists for some tokens, whose text begins at character `offset`.
+def tell_logprobs(spots: Sequence[Spot], names: TokenNames) -> Logprobs | None:
+    """The four lists of OpenAI's completions; None without tokens.
 
     The chosen token is always in its map, with the very number that is in `token_logprobs`; of two
     tokens of one name the likelier one is kept.
     """
+    if not spots:
+        return None
     told = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-    for entry in entries:
+    for spot in spots:
+        token = spot.token
         likeliest: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            name = name_token(token_id)
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            name = names.name(token_id)
             likeliest[name] = max(likeliest.get(name, LOWEST), logprob)
-        told.tokens.append(name_token(entry.token_id))
-        told.token_logprobs.append(max(entry.logprob, LOWEST))
+        told.tokens.append(names.name(token.token_id))
+        told.token_logprobs.append(max(token.logprob, LOWEST))
         told.top_logprobs.append(likeliest)
-        told.text_offset.append(offset)
+        told.text_offset.append(spot.offset)
     return told
 
 
-def join_logprobs(parts: Sequence[Logprobs]) -> Logprobs | None:
-    """The lists of several pieces, one after the other; None if there are none."""
-    if not parts:
+def tell_chat_logprobs(spots: Sequence[Spot], names: TokenNames) -> ChatLogprobs | None:
+    """The entries of OpenAI's chat completions, with the bytes of each token."""
+
+    def tell(token_id: int, logprob: float) -> dict[str, object]:
+        return {
+            "token": names.name(token_id),
+            "logprob": max(logprob, LOWEST),
+            "bytes": names.spell(token_id),
+        }
+
+    if not spots:
         return None
-    return Logprobs(
-        tokens=[token for part in parts for token in part.tokens],
-        token_logprobs=[value for part in parts for value in part.token_logprobs],
-        top_logprobs=[likeliest for part in parts for likeliest in part.top_logprobs],
-        text_offset=[offset for part in parts for offset in part.text_offset],
-    )
+    content = []
+    for spot in spots:
+        top = [ChatTop.model_validate(tell(*pair)) for pair in spot.token.top]
+        chosen = tell(spot.token.token_id, spot.token.logprob)
+        content.append(ChatToken.model_validate({**chosen, "top_logprobs": top}))
+    return ChatLogprobs(content=content)
+
+
+def tell_tokens(tokens: Sequence[TokenLogprob], names: TokenNames) -> list[TokenInfo]:
+    """The entries of our own route: ids and texts."""
+    return [
+        TokenInfo(
+            id=token.token_id,
+            token=names.name(token.token_id),
+            logprob=max(token.logprob, LOWEST),
+            top=[(token_id, max(logprob, LOWEST)) for token_id, logprob in token.top],
+        )
+        for token in tokens
+    ]
+
+
+def tell_prompt_logprobs(
+    tokens: Sequence[TokenLogprob], names: TokenNames
+) -> list[dict[str, PromptLogprob]]:
+    """A map by id for each token of a decoder prompt; the chosen one is in it."""
+    return [
+        {
+            str(token_id): PromptLogprob(
+                logprob=max(logprob, LOWEST), decoded_token=names.name(token_id)
+            )
+            for token_id, logprob in (*token.top, (token.token_id, token.logprob))
+        }
+        for token in tokens
+    ]

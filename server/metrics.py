@@ -1,129 +1,121 @@
 """Prometheus metrics of one server, on a registry of its own."""
 
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
+from prometheus_client.process_collector import ProcessCollector
 
-from engine.request import Event, Failed, Finished, Piece
+from engine.adapter_store import AdapterStore
+from engine.request import Event, Failed, Finished, Piece, Request
+from server.metrics_adapters import AdapterCollector, AdapterCounts
+from server.metrics_engine import ExpertCollector, LoadCollector, PlanCollector, WorkCollector
 from server.protocol import Engine
+from server.versions import installed_version
 
 # From a tiny model on a laptop to an offloaded one of 198 billion parameters.
 WAIT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1, 2.5, 5, 10, 20, 40, 80, 160, 640),
+    *(1, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560),
 )
+TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 
 
 class Metrics:
     """All that is counted. Route labels are templates, never raw paths."""
 
     def __init__(self, engine: Engine) -> None:
-        registry = CollectorRegistry()
-        self.registry = registry
-        self.requests = Counter(
-            "infmoe_requests", "HTTP requests", ["route", "status"], registry=registry
-        )
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "HTTP requests", "route", "status")
+        self.errors = self._counter("errors", "HTTP requests that got an error, by code", "code")
+        self.limited = self._counter("rate_limited", "Requests beyond a key's limit", "reason")
         self.latency = Histogram(
             "infmoe_request_seconds",
             "Time from request to end of reply",
             ["route"],
-            registry=registry,
+            registry=self.registry,
             buckets=WAIT_BUCKETS_S,
         )
-        self.in_flight = Gauge(
-            "infmoe_in_flight", "HTTP requests being answered", registry=registry
-        )
-        self.first_token = self._waits(
-            "infmoe_time_to_first_token_seconds", "Time from submission to the first token"
-        )
-        self.inter_token = self._waits(
-            "infmoe_inter_token_seconds", "Time between tokens of one choice"
-        )
-        self.queued = self._waits("infmoe_queue_seconds", "Time from submission to the encoder")
-        self.tokens_in = Counter("infmoe_prompt_tokens", "Encoder tokens", registry=registry)
-        self.tokens_out = Counter("infmoe_generated_tokens", "Generated tokens", registry=registry)
-        self.ends = Counter("infmoe_finished", "Choices by end", ["reason"], registry=registry)
-        self._watch(engine)
+        text = "HTTP requests being answered"
+        self.in_flight = Gauge("infmoe_in_flight", text, registry=self.registry)
+        self.first_token = self._waits("time_to_first_token", "From submission to the first token")
+        self.inter_token = self._waits("inter_token", "Between tokens of one choice")
+        self.queued = self._waits("queue", "From submission to the encoder")
+        self.encode = self._waits("encode", "In the encoder")
+        self.decode = self._waits("decode", "From the end of the encoder to the last token")
+        self.tokens_in = self._counter("prompt_tokens", "Encoder tokens")
+        self.tokens_out = self._counter("generated_tokens", "Generated tokens")
+        self.sizes_in = self._sizes("choice_prompt_tokens", "Encoder tokens of a choice")
+        self.sizes_out = self._sizes("choice_generated_tokens", "Generated tokens of a choice")
+        self.ends = self._counter("finished", "Choices by end", "reason")
+        self.adapters = AdapterCounts(self.registry)
+        for collector in (LoadCollector, WorkCollector, ExpertCollector, PlanCollector):
+            self.registry.register(collector(engine))
+        ProcessCollector(namespace="infmoe", registry=self.registry)
+        self._tell_build(engine)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"infmoe_{name}", text, labels, registry=self.registry)
 
     def _waits(self, name: str, text: str) -> Histogram:
+        name = f"infmoe_{name}_seconds"
         return Histogram(name, text, registry=self.registry, buckets=WAIT_BUCKETS_S)
 
-    def _watch(self, engine: Engine) -> None:
-        live = {
-            "infmoe_queue_depth": ("Requests waiting", lambda: engine.stats().queued),
-            "infmoe_running": ("Requests running", lambda: engine.stats().running),
-            "infmoe_ready": ("1 if requests are served", lambda: engine.state == "ready"),
-        }
-        for name, (text, read) in live.items():
-            Gauge(name, text, registry=self.registry).set_function(read)
-        self.registry.register(ExpertCollector(engine))
-        self.registry.register(PlanCollector(engine))
+    def _sizes(self, name: str, text: str) -> Histogram:
+        return Histogram(f"infmoe_{name}", text, registry=self.registry, buckets=TOKEN_BUCKETS)
 
+    def _tell_build(self, engine: Engine) -> None:
+        names = ["version", "python", "torch", "model"]
+        text = "1; what is served by what"
+        family = Gauge("infmoe_build_info", text, names, registry=self.registry)
+        values = (installed_version(), platform.python_version(), installed_version("torch"))
+        family.labels(*values, engine.model_name).set(1)
 
-class ExpertCollector(Collector):
-    """Counts of offloaded experts, which the engine keeps; nothing where all are resident."""
+    def watch_adapters(self, store: AdapterStore) -> None:
+        """Tell of a store of adapters; counts of those that it evicts are dropped."""
+        self.registry.register(AdapterCollector(store, self.adapters))
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """The counts as they are now."""
-        stats = self._engine.stats().experts
-        if stats is None:
-            return
-        counts = {
-            "infmoe_expert_hits": ("Wanted experts found in memory", stats.hits),
-            "infmoe_expert_misses": ("Wanted experts that were not in a slot", stats.misses),
-            "infmoe_expert_host_loads": ("Misses found in host memory", stats.host_loads),
-            "infmoe_expert_evictions": ("Experts that made room", stats.evictions),
-            "infmoe_expert_read_bytes": ("Bytes of experts read from disk", stats.read_bytes),
-            "infmoe_expert_copied_bytes": (
-                "Bytes of experts copied from host memory",
-                stats.copied_bytes,
-            ),
-            "infmoe_expert_prefetched": ("Experts fetched on a guess", stats.prefetched),
-            "infmoe_expert_prefetch_used": ("Guesses that were right", stats.prefetch_used),
-            "infmoe_expert_prefetch_wasted": ("Guesses that were wrong", stats.prefetch_wasted),
-            "infmoe_expert_stall_seconds": ("Time spent waiting for experts", stats.stall_s),
-        }
-        for name, (text, value) in counts.items():
-            yield CounterMetricFamily(name, text, value=value)
-
-
-class PlanCollector(Collector):
-    """What the memory is planned for, and what works in a slower way than it should."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Both as they are now; the plan once there is one."""
-        plan = self._engine.plan
-        if plan is not None:
-            text = "Bytes that the plan gives to each part"
-            family = GaugeMetricFamily("infmoe_plan_bytes", text, labels=["part"])
-            for part, size in plan.parts().items():
-                family.add_metric([part.replace(" ", "_").lower()], size)
-            yield family
-        family = GaugeMetricFamily("infmoe_fallbacks", "1 for each slower way", labels=["what"])
-        for fallback in dict.fromkeys(self._engine.fallbacks):
-            family.add_metric([fallback], 1)
-        yield family
+    def record(self, route: str, status: int, wait_s: float, notes: Mapping[str, object]) -> None:
+        """Count one HTTP request at its end; `notes` may tell the code of its error."""
+        self.requests.labels(route, str(status)).inc()
+        self.latency.labels(route).observe(wait_s)
+        if "error" in notes:
+            self.errors.labels(str(notes["error"])).inc()
+        if "limit" in notes:
+            self.limited.labels(str(notes["limit"])).inc()
 
 
 class Meter:
-    """Measures the choices of one HTTP request while their events pass."""
+    """Counts what passes, and keeps the ends for who traces the request.
 
-    def __init__(self, metrics: Metrics) -> None:
+    With `state`, that of the HTTP request, it is found there as "meter" and closed at the end.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        requests: Sequence[Request] = (),
+        state: MutableMapping[str, object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
-        self._start_s = time.monotonic()
+        self._clock = clock
+        self._start_s = clock()
         self._last_s: dict[int, float] = {}
+        self._num_tokens: dict[int, int] = {}
         self._first_s: float | None = None
+        self._is_closed = False
+        self.began_ns = time.time_ns()
+        self.requests = requests
+        self.ends: dict[int, Finished | Failed] = {}
+        adapter = requests[0].adapter if requests else None
+        self._adapter = adapter.name if adapter else None
+        if state is not None:
+            state["meter"] = self
+        metrics.adapters.count_request(self._adapter)
 
     def first_token_ms(self) -> float | None:
         """Time from the start to the first token of any choice."""
@@ -135,17 +127,56 @@ class Meter:
             if event.token_ids:  # else it is text that was held back
                 self._see_piece(index, len(event.token_ids))
         elif isinstance(event, Finished):
-            self._metrics.ends.labels(event.reason).inc()
-            self._metrics.queued.observe(event.queued_s)
-            self._metrics.tokens_in.inc(event.prompt_tokens)
-            self._metrics.tokens_out.inc(event.completion_tokens)
+            self.ends[index] = event
+            self._see_end(index, event)
         elif isinstance(event, Failed):
-            self._metrics.ends.labels("failed").inc()
+            self.ends[index] = event
+            self._metrics.ends.labels(end_reason(event)).inc()
+
+    def close(self) -> None:
+        """The HTTP request is over: what has not ended has been cancelled. Again: nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for index in range(len(self.requests)):
+            if index not in self.ends:
+                self._metrics.ends.labels("cancelled").inc()
+
+    def account(self) -> dict[str, object]:
+        """What came of the choices, for the log; nothing where none was asked for."""
+        if not self.requests:
+            return {}
+        finished = [end for end in self.ends.values() if isinstance(end, Finished)]
+        unfinished = [n for index, n in self._num_tokens.items() if index not in self.ends]
+        reasons = {end_reason(end) for end in self.ends.values()}
+        if len(self.ends) < len(self.requests):
+            reasons.add("cancelled")
+        return {
+            "choices": len(self.requests),
+            "prompt_tokens": sum(end.prompt_tokens for end in finished),
+            "completion_tokens": sum(e.completion_tokens for e in finished) + sum(unfinished),
+            "finish": ",".join(sorted(reasons)),
+        }
+
+    def _see_end(self, index: int, end: Finished) -> None:
+        metrics = self._metrics
+        metrics.ends.labels(end_reason(end)).inc()
+        metrics.queued.observe(end.queued_s)
+        metrics.encode.observe(end.encode_s)
+        metrics.decode.observe(end.decode_s)
+        metrics.tokens_in.inc(end.prompt_tokens)
+        metrics.sizes_in.observe(end.prompt_tokens)
+        metrics.sizes_out.observe(end.completion_tokens)
+        # Pieces do not tell of tokens that ended the text or scored one.
+        self._count_tokens(max(0, end.completion_tokens - self._num_tokens.get(index, 0)))
+        metrics.adapters.count_prompt(self._adapter, end.prompt_tokens)
 
     def _see_piece(self, index: int, num_tokens: int) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         last_s = self._last_s.get(index)
         self._last_s[index] = now_s
+        self._num_tokens[index] = self._num_tokens.get(index, 0) + num_tokens
+        self._count_tokens(num_tokens)
         if last_s is None:
             self._metrics.first_token.observe(now_s - self._start_s)
             if self._first_s is None:
@@ -153,6 +184,20 @@ class Meter:
             return
         for _ in range(num_tokens):  # tokens of one piece share its time
             self._metrics.inter_token.observe((now_s - last_s) / num_tokens)
+
+    def _count_tokens(self, num_tokens: int) -> None:
+        self._metrics.tokens_out.inc(num_tokens)
+        self._metrics.adapters.count_generated(self._adapter, num_tokens)
+
+
+def end_reason(end: Finished | Failed) -> str:
+    """How the end of a choice is counted."""
+    if isinstance(end, Finished):
+        is_late = end.reason == "length" and end.stop_reason == "timeout"
+        return "timeout" if is_late else end.reason
+    if end.is_late:
+        return "timeout"
+    return "shutdown" if end.is_shutdown else "failed"
 
 
 def add_metrics_route(app: FastAPI, metrics: Metrics) -> None:

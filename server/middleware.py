@@ -1,60 +1,20 @@
-"""Pure ASGI layers around the routes: body limits, request ids, log lines and metrics."""
+"""The outermost layer around the routes: request ids, log lines and metrics. Pure ASGI."""
 
 import logging
 import re
 import time
 import uuid
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import CLIENT_GONE, ApiError
+from server.errors import CLIENT_GONE
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-BODY_METHODS = ("POST", "PUT", "PATCH")
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-QUIET_ROUTES = ("/health", "/metrics")  # probes; they would drown the log
-
-
-class BodyGuard:
-    """Refuses bodies that are too large or not declared as JSON before they are read to the end."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
-            await self.app(scope, receive, send)
-            return
-        if refusal := self._refusal(Headers(scope=scope)):
-            scope["state"]["notes"]["error"] = refusal.code
-            await refusal.response()(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_body_bytes:  # no Content-Length, or a false one
-                raise HTTPException(413)  # of this class alone FastAPI lets one pass
-            return message
-
-        await self.app(scope, limited, send)
-
-    def _refusal(self, headers: Headers) -> ApiError | None:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
-            text = f"the body is too large; the limit is {self.max_body_bytes} bytes"
-            return ApiError(413, text, code="body_too_large")
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            text = "the content type must be application/json"
-            return ApiError(415, text, code="unsupported_content_type")
-        return None
+QUIET_ROUTES = ("/health", "/v2/health", "/metrics")  # probes; they would drown the log
 
 
 class RequestLog:
@@ -99,10 +59,17 @@ class RequestLog:
 
     def _record(self, scope: Scope, status: int, wait_s: float, notes: dict[str, object]) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self.metrics.requests.labels(route, str(status)).inc()
-        self.metrics.latency.labels(route).observe(wait_s)
+        if (meter := scope["state"].get("meter")) is not None:
+            meter.close()
+            for name, value in meter.account().items():  # the route may not have got so far
+                notes.setdefault(name, value)
+        self.metrics.record(route, status, wait_s, notes)
         level = logging.DEBUG if route.startswith(QUIET_ROUTES) else logging.INFO
         details = "".join(f" {name}={value}" for name, value in notes.items())
         request_id = scope["state"]["request_id"]
+        method, wait_ms = scope["method"], round(wait_s * 1000, 1)
         text = "%s %s %d ms=%.1f id=%s%s"
-        logger.log(level, text, scope["method"], route, status, wait_s * 1000, request_id, details)
+        facts = {"method": method, "route": route, "status": status, "ms": wait_ms}
+        fields = {"request_id": request_id, **facts, **notes}
+        more = {"short": f"{method} {route} {status}", "fields": fields}
+        logger.log(level, text, method, route, status, wait_ms, request_id, details, extra=more)

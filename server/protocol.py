@@ -3,8 +3,11 @@
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Literal, Protocol
 
+from engine.adapters import Base
 from engine.config import ModelConfig
+from engine.progress import LoadProgress
 from engine.request import Event, Request
+from engine.stats import CacheStats, WorkStats
 from engine.tokenizer import Tokenizer
 
 EngineState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
@@ -36,7 +39,7 @@ class ExpertStats(Protocol):
 
 
 class EngineStats(Protocol):
-    """A snapshot of the load: requests that wait, requests that run, offloaded experts if any."""
+    """A snapshot of the load and counts since the start: see `engine.stats.EngineStats`."""
 
     @property
     def experts(self) -> ExpertStats | None: ...
@@ -44,7 +47,23 @@ class EngineStats(Protocol):
     @property
     def queued(self) -> int: ...
     @property
+    def queued_tokens(self) -> int: ...
+    @property
     def running(self) -> int: ...
+    @property
+    def requests(self) -> int: ...
+    @property
+    def cancelled(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def stalled_s(self) -> float: ...
+    @property
+    def encoder_cache(self) -> CacheStats: ...
+    @property
+    def work(self) -> WorkStats: ...
 
 
 class EventStream(Protocol):
@@ -69,8 +88,9 @@ class Plan(Protocol):
 class Engine(Protocol):
     """One model behind a queue. `config` and `tokenizer` are there once `state` is ready.
 
-    `phase` tells in words what loading is at, `failure` why the state is failed, `fallbacks` what
-    works in a slower way than it should. `plan` is None where there is none, or none yet.
+    `phase` tells in words what loading is at and `progress` in bytes, `failure` why the state is
+    failed, `fallbacks` what works in a slower way than it should. `plan` is None where there is
+    none, or none yet.
     """
 
     @property
@@ -80,9 +100,13 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
+    def adapter_base(self) -> Base: ...
+    @property
     def state(self) -> EngineState: ...
     @property
     def phase(self) -> str: ...
+    @property
+    def progress(self) -> LoadProgress: ...
     @property
     def failure(self) -> str | None: ...
     @property
@@ -90,8 +114,20 @@ class Engine(Protocol):
     @property
     def fallbacks(self) -> tuple[str, ...]: ...
 
+    def require_room(self, num_requests: int, num_tokens: int = 0, key: str = "") -> None:
+        """Raise what `submit` would if so many requests, of so many tokens in all, came now.
+
+        To be asked before work is put into them; nothing is reserved.
+        """
+        ...
+
     def submit(self, request: Request) -> EventStream:
         """Queue a request without waiting. Raises RequestError, Overloaded or EngineStopped."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread goes on; where it does though the state is failed, it hangs."""
         ...
 
     def stats(self) -> EngineStats:

@@ -1,6 +1,5 @@
-"""Bodies of requests and replies as OpenAI clients send and read them, with our extensions."""
+"""What bodies of requests and replies have in common: types of fields, accounts, failures."""
 
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -14,30 +13,16 @@ from pydantic import (
     model_validator,
 )
 
-from engine.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
-from server.errors import ApiError
+from engine.request import MAX_STOP_STRINGS
+from server.schemas_adapters import AdapterCard
 
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
-OPENAI_MAX_TOKENS = 16
 MAX_NAMED_FIELDS = 20
 MAX_BIASES = 300
+MAX_BAD_WORDS = 100
 MAX_PROMPTS = 2048  # more are not even counted: of a million that takes seconds of the event loop
-
-# Known fields that do not work yet, each with the values that ask for nothing. Null is always one.
-UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "bad_words": ([],),
-    "best_of": (1,),
-    "echo": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
+MAX_NAME_CHARS = 256
 
 
 def one_finding(text: str) -> WrapValidator:
@@ -60,10 +45,13 @@ def require_unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(require_unicode)]
 Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+Name = Annotated[Text, Field(max_length=MAX_NAME_CHARS)]
+SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 ManyTokenIds = Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
 NamedIds = Annotated[TokenIds, one_finding("takes a list of token ids")]
+OnePrompt = Annotated[Text | TokenIds, one_finding("takes a string or a list of token ids")]
 Prompt = Annotated[
     Text | Texts | TokenIds | ManyTokenIds,
     one_finding(
@@ -77,8 +65,11 @@ Stop = Annotated[
     StopText | StopTexts,
     one_finding(f"takes a string or up to {MAX_STOP_STRINGS} strings of 1 to 1000 characters"),
 ]
-
-
+BadWords = Annotated[
+    list[StopText],
+    Field(max_length=MAX_BAD_WORDS),
+    one_finding(f"takes up to {MAX_BAD_WORDS} strings of 1 to 1000 characters"),
+]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 LogitBias = Annotated[
@@ -86,6 +77,15 @@ LogitBias = Annotated[
     Field(max_length=MAX_BIASES),
     one_finding(f"takes up to {MAX_BIASES} token ids, each with a number of -100 to 100"),
 ]
+
+
+def list_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """The prompts of a field that takes one or many, one by one."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if any(isinstance(item, int) for item in prompt):
+        return [[item for item in prompt if isinstance(item, int)]]
+    return [item for item in prompt if not isinstance(item, int)]
 
 
 class Body(BaseModel):
@@ -104,162 +104,45 @@ class Body(BaseModel):
         """Fields that this class does not define."""
         return self.model_extra or {}
 
-
-class StreamOptions(Body):
-    """What a stream carries besides text."""
-
-    include_usage: bool = Field(default=False, description="Send a last chunk with the usage.")
-
-
-class CompletionRequest(Body):
-    """Body of POST /v1/completions. Null means absent for every field."""
-
-    model: str | None = Field(default=None, description="Id of the served model.")
-    prompt: Prompt = Field(
-        description="Text or token ids to continue, or a list of either: one choice for each."
-    )
-    max_tokens: int = Field(
-        default=OPENAI_MAX_TOKENS, ge=1, le=MAX_INT32, description="Most tokens to generate."
-    )
-    temperature: float = Field(
-        default=1.0, ge=0, le=2, description="0 always takes the likeliest token; 1 unless given."
-    )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability to keep.")
-    top_k: int = Field(
-        default=0, ge=-1, le=MAX_INT32, description="Tokens to keep; 0 or -1 keeps all (extension)."
-    )
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="Least share of the likeliest's probability."
-    )
-    typical_p: float = Field(
-        default=1.0, gt=0, le=1, description="Share of typical tokens to keep."
-    )
-    repetition_penalty: float = Field(
-        default=1.0, ge=0.01, le=10, description="Divides the scores of tokens that occurred."
-    )
-    presence_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="Taken off the score of each token that occurred."
-    )
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="The same, as often as it occurred."
-    )
-    logit_bias: LogitBias = Field(
-        default={}, description="Added to scores, by token id; -100 to 100, up to 300 ids."
-    )
-    allowed_token_ids: NamedIds = Field(default=[], description="The only tokens that may come.")
-    stop_token_ids: NamedIds = Field(default=[], description="Tokens that end the answer.")
-    min_tokens: int = Field(default=0, ge=0, le=MAX_INT32, description="Before it, no end mark.")
-    ignore_eos: bool = Field(default=False, description="Go on to max_tokens, past end marks.")
-    logprobs: int | None = Field(
-        default=None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Tell the log-probability of each token, and of so many of the likeliest.",
-    )
-    return_tokens_as_token_ids: bool = Field(
-        default=False, description="Name tokens 'token_id:7' in log-probabilities (extension)."
-    )
-    n: int = Field(default=1, ge=1, le=MAX_INT32, description="Choices for each prompt.")
-    seed: int | None = Field(
-        default=None,
-        ge=-MAX_INT64 - 1,
-        le=MAX_INT64,
-        description="Makes sampling repeatable; sample i of a prompt uses seed + i.",
-    )
-    stop: Stop = Field(default=[], description="Texts that end the answer; not part of it.")
-    stream: bool = Field(default=False, description="Send server-sent events.")
-    stream_options: StreamOptions | None = None
-    fill: bool = Field(
-        default=False,
-        description="Fill blanks, marked <span> in the prompt, instead of going on (extension).",
-    )
-
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts one by one."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if any(isinstance(item, int) for item in self.prompt):
-            return [[item for item in self.prompt if isinstance(item, int)]]
-        return [item for item in self.prompt if not isinstance(item, int)]
-
-    def samples(self) -> list[SamplingParams]:
-        """Parameters of each sample of a prompt. Raises RequestError if they are out of bounds."""
-        first = self._sampling()  # whose lists, which may be long, all samples share
-        if self.seed is None:
-            return [first] * self.n
-        return [replace(first, seed=self.seed + sample) for sample in range(self.n)]
-
-    def _sampling(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=max(self.top_k, 0),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
-            seed=self.seed,
-            allowed_token_ids=tuple(dict.fromkeys(self.allowed_token_ids)),
-            stop_token_ids=tuple(dict.fromkeys(self.stop_token_ids)),
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-        )
-
-    def check(self, max_choices: int) -> None:
-        """Raise ApiError (400) for what is well formed but cannot be done."""
-        for name in sorted(self.extras().keys() & UNSUPPORTED.keys()):
-            if self.extras()[name] not in (*UNSUPPORTED[name], *self._also_neutral(name)):
-                text = f"{name} is not supported; leave it out"
-                raise ApiError(400, text, code="unsupported_parameter", param=name)
-        if self.stream_options is not None and not self.stream:
-            text = "stream_options is for stream: true only"
-            raise ApiError(400, text, code="invalid_value", param="stream_options")
-        num_prompts = len(self.prompts())
-        if not num_prompts:
-            raise ApiError(400, "prompt is an empty list", code="invalid_value", param="prompt")
-        if num_prompts * self.n > max_choices:
-            text = f"{num_prompts} prompts x n {self.n} exceed {max_choices} choices in one request"
-            param = "prompt" if num_prompts > max_choices else "n"
-            raise ApiError(400, text, code="invalid_value", param=param)
-
-    def _also_neutral(self, name: str) -> tuple[object, ...]:
-        return (self.n,) if name == "best_of" else ()
-
     def ignored_fields(self) -> list[str]:
         """Names of fields that have no meaning here."""
-        names = [name for name in self.extras() if name not in UNSUPPORTED]
-        if self.stream_options is not None:
-            names += [f"stream_options.{name}" for name in self.stream_options.extras()]
-        return names[:MAX_NAMED_FIELDS]
+        return list(self.extras())[:MAX_NAMED_FIELDS]
 
 
-class Logprobs(BaseModel):
-    """Log-probabilities of a text, by token; the map holds the likeliest and the chosen one.
+class RoutedBody(Body):
+    """A body that names what is to answer, and how strictly it is to be read."""
 
-    `text_offset` is the character of the answer from which on the text of a token is found.
-    """
+    model: Name | None = Field(
+        default=None, description="Id of a served model or adapter; name@version pins a version."
+    )
+    adapter: Name | None = Field(
+        default=None, description="Soft prompt to use, name or name@version; '' for none."
+    )
+    adapter_id: Name | None = Field(default=None, description="The same as adapter.")
+    priority: int | None = Field(
+        default=None,
+        ge=-MAX_INT32 - 1,
+        le=MAX_INT32,
+        description="Higher goes first; never above that of the key, which is the default.",
+    )
+    timeout: float | None = Field(
+        default=None, gt=0, le=86_400, description="Seconds until the request ends as it is."
+    )
+    cache_salt: Name | None = Field(
+        default=None, description="What the encoder made is reused under the same salt only."
+    )
+    user: Text | None = Field(
+        default=None, max_length=10_000, description="Told to the log as a hash only."
+    )
+    strict: bool = Field(default=False, description="Refuse unknown fields instead of naming them.")
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
 
+class PromptTokensDetails(BaseModel):
+    """Where the tokens of a prompt went; those of a soft prompt count as the encoder's."""
 
-class Choice(BaseModel):
-    """One answer, or a piece of one; `spans`, `stop_reason` and `seed` are extensions."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: str | int | None = None
-    seed: int | None = None
-    spans: list[str] | None = Field(default=None, description="Answers of the blanks, with fill.")
+    encoder_tokens: int
+    decoder_prompt_tokens: int
+    cached_tokens: int = 0
 
 
 class Usage(BaseModel):
@@ -268,6 +151,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class Timings(BaseModel):
@@ -285,17 +169,15 @@ class Timings(BaseModel):
     expert_stall_ms: float | None = None
 
 
-class Completion(BaseModel):
-    """Reply of POST /v1/completions, or one chunk of it."""
+class Receipt(BaseModel):
+    """An extension: all that is needed to get the same answer again."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
     model: str
-    system_fingerprint: str | None = None
-    choices: list[Choice]
-    usage: Usage | None = None
-    timings: Timings | None = None
+    adapter: str | None = Field(description="The resolved name@version of the soft prompt.")
+    fingerprint: str
+    seeds: list[int] = Field(description="Of each request to the engine, in order.")
+    parameters: dict[str, object] = Field(description="As they took effect, defaults included.")
+    ignored_fields: list[str]
 
 
 class ErrorDetail(BaseModel):
@@ -314,18 +196,24 @@ class ErrorBody(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One served model."""
+    """The base model."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
-    owned_by: str = "infmoe"
+    owned_by: Literal["infmoe"] = "infmoe"
+    root: str
+    parent: None = None
     kind: Literal["base"] = "base"
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
+    state: str
+    max_model_len: int = Field(description="As max_input_tokens, under the name of vLLM.")
+    max_input_tokens: int
+    max_decoder_tokens: int
 
 
 class ModelList(BaseModel):
-    """Reply of GET /v1/models."""
+    """Reply of GET /v1/models: the base model, then adapters."""
 
     object: Literal["list"] = "list"
-    data: list[ModelCard]
+    data: list[ModelCard | AdapterCard]

@@ -1,43 +1,129 @@
-"""Settings of the server: defaults, over them INFMOE_* variables, over them options."""
+"""Settings of the server: what each means, which values it takes, what it is unless given."""
 
-import os
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 from engine.errors import ConfigError
 from engine.units import parse_bytes
 
-ENV_PREFIX = "INFMOE_"
-
 DtypeName = Literal["fp32", "bf16", "fp16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 ByteSize = Annotated[int, BeforeValidator(lambda value: parse_bytes(str(value)))]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
+MIN_KEY_CHARS = 16
+ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 
-class Settings(BaseSettings):
+
+def split_list(value: object) -> object:
+    """Read 'a, b' as a list of two: variables of the environment know no lists."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def require_origin(text: str) -> str:
+    """Refuse what browsers never send as an origin, and the star above all."""
+    if not ORIGIN.fullmatch(text):
+        raise ValueError(f"{text!r} is no origin; write https://host or http://host:port, no '*'")
+    return text
+
+
+def require_strength(key: SecretStr) -> SecretStr:
+    """Refuse a key that is guessed soon or that no header can carry."""
+    text = key.get_secret_value()
+    if len(text) < MIN_KEY_CHARS or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(
+            f"the key must have at least {MIN_KEY_CHARS} characters of ASCII without spaces; "
+            "`infmoe keys add` makes a good one"
+        )
+    return key
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+Origin = Annotated[str, AfterValidator(require_origin)]
+Origins = Annotated[tuple[Origin, ...], BeforeValidator(split_list)]
+Key = Annotated[SecretStr, AfterValidator(require_strength)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Settings(BaseModel):
     """How the server listens, what it accepts, when it gives up. Times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path | None = None
+    model_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     dtype: DtypeName | None = None
     memory: ByteSize | None = None
     gpu_memory: ByteSize | None = None
+    record_routing: Path | None = None
+
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65_535)
-    record_routing: Path | None = None
+    allowed_hosts: Names = ()
+    cors_origins: Origins = ()
+
+    api_key: Key | None = None
+    keys_file: Path | None = None
+    allow_unauthenticated: bool = False
+
+    adapters: Path | None = None
+    adapter_memory: ByteSize = 256 * 2**20
+    max_upload_bytes: ByteSize = 256 * 2**20
+    adapter_poll_s: Seconds = 2.0
+    adapter_any_base: bool = False
+
     max_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     max_queue: Count = 256
+    max_queue_tokens: Count | None = None
     max_choices: Count = 64
-    max_body_bytes: Count = 4 * 2**20
+    max_body_bytes: Annotated[ByteSize, Field(ge=1, le=2**31 - 1)] = 4 * 2**20
+    max_prompt_chars: Count = 2 * 2**20
+    strict_fields: bool = False
+    encoder_cache: ByteSize = 0
+    invariant: bool = False
+
+    body_timeout_s: Seconds = 30.0
+    request_timeout_s: Seconds = 600.0
     keep_alive_s: Seconds = 12.0
     drain_s: Seconds = 30.0
+    drain_delay_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 3.0
+    stall_s: Seconds | None = None
+
     log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
+    otlp_endpoint: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_switches_as_numbers(cls, values: dict[str, object]) -> dict[str, object]:
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"setting {name}: true and false are no values for it")
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
@@ -53,21 +139,17 @@ class Settings(BaseSettings):
         """Choices that one request may ask for: never more than the queue holds."""
         return min(self.max_choices, self.max_queue)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers must show a key."""
+        return self.api_key is not None or self.keys_file is not None
 
-def read_settings(**options: object) -> Settings:
-    """Join environment and command line; an option that is None was not given.
-
-    Raises ConfigError if a value is not allowed or an INFMOE_* variable is not a setting.
-    """
-    names = {name.upper() for name in os.environ if name.upper().startswith(ENV_PREFIX)}
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    if unknown := ", ".join(sorted(names - known)):
-        raise ConfigError(f"unknown settings {unknown}; known: {', '.join(sorted(known))}")
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return Settings(**given)  # type: ignore[arg-type]  # pydantic checks them
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"setting {name}: {reason}" if name else reason) from error
+    def require_safe(self) -> None:
+        """Refuse to serve everybody by oversight. Raises ConfigError."""
+        if self.has_keys or self.allow_unauthenticated or is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"{self.host} can be reached from other machines and no key is set; "
+            "give --keys-file (`infmoe keys add FILE` makes it) or INFMOE_API_KEY, or say "
+            "--allow-unauthenticated to serve everybody"
+        )

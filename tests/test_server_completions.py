@@ -11,13 +11,24 @@ import pytest
 from starlette.testclient import TestClient
 
 from engine.errors import EngineStopped
-from engine.request import Failed, Piece, Request, TokenLogprob
+from engine.request import (
+    Answer,
+    BeamParams,
+    Failed,
+    Piece,
+    PromptLogprobs,
+    Request,
+    Searched,
+    TokenLogprob,
+)
 from engine.tokenizer import ByteTokenizer
 from offload.pipeline import PipelineStats
 from server.app import create_app
-from server.logprobs import tell_logprobs
+from server.logprobs import TokenNames, tell_logprobs
+from server.parts import Spot
 from server.replies import Transcript
-from server.schemas import MAX_PROMPTS, OPENAI_MAX_TOKENS, UNSUPPORTED, CompletionRequest
+from server.schemas import MAX_PROMPTS
+from server.schemas_completions import OPENAI_MAX_TOKENS, CompletionRequest
 from server.settings import Settings
 from tests.fakes import HOLD, FakeEngine, finished, hello, live_server
 
@@ -38,6 +49,16 @@ def error_of(response, status):
     error = response.json()["error"]
     assert sorted(error) == ["code", "message", "param", "type"]
     return error
+
+
+def usage_of(encoder, generated, decoder=0):
+    details = {"encoder_tokens": encoder, "decoder_prompt_tokens": decoder, "cached_tokens": 0}
+    return {
+        "prompt_tokens": encoder + decoder,
+        "completion_tokens": generated,
+        "total_tokens": encoder + decoder + generated,
+        "prompt_tokens_details": details,
+    }
 
 
 def events_of(text):
@@ -65,10 +86,16 @@ def test_reply_has_the_shape_of_openai():
             "finish_reason": "stop",
             "stop_reason": None,
             "seed": 5,
+            "score": None,
             "spans": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "decoder_prompt_token_ids": None,
+            "prompt_logprobs": None,
         }
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["usage"] == usage_of(3, 2)
+    assert body["system_fingerprint"].startswith("fp_")
     assert body["timings"]["encode_ms"] == 0
     assert body["timings"]["expert_hits"] is None
     assert "x-ignored-fields" not in response.headers
@@ -128,10 +155,10 @@ def test_samples_of_several_prompts_are_ordered_and_seeded():
     assert [choice["seed"] for choice in body["choices"]] == [10, 11, 10, 11]
     assert len({r.request_id for r in engine.submitted}) == 4
     # the tokens of a prompt count once, however many samples it has
-    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
+    assert body["usage"] == usage_of(6, 8)
 
 
-@pytest.mark.parametrize("name", [*CompletionRequest.model_fields, *UNSUPPORTED])
+@pytest.mark.parametrize("name", CompletionRequest.model_fields)
 def test_null_means_absent(name):
     response = post(FakeEngine(), {"prompt": "ab"} | {name: None})
     if name == "prompt":
@@ -225,28 +252,19 @@ def test_unknown_model():
     assert error["param"] == "model"
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_fields_take_neutral_values_only(name):
-    for value in UNSUPPORTED[name]:
-        assert post(FakeEngine(), {"prompt": "a", name: value}).status_code == 200
-    error = error_of(post(FakeEngine(), {"prompt": "a", name: 7}), 400)
-    assert error["code"] == "unsupported_parameter"
-    assert error["param"] == name
-
-
 def test_best_of_may_equal_n():
     assert post(FakeEngine(), {"prompt": "a", "n": 2, "best_of": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_unknown_fields_are_named(stream):
-    options = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    options = {"stream": True, "stream_options": {"x_usage": True}}
     body = {"prompt": "a", "temprature": 1, "\u00fc,\r\n": 2, **(options if stream else {})}
     response = post(FakeEngine(), body)
     assert response.status_code == 200
     names = response.headers["x-ignored-fields"].split(",")
     assert names[:2] == ["temprature", "%C3%BC%2C%0D%0A"]
-    assert names[2:] == (["stream_options.continuous_usage_stats"] if stream else [])
+    assert names[2:] == (["stream_options.x_usage"] if stream else [])
 
 
 def test_field_names_with_half_characters():
@@ -279,7 +297,7 @@ def test_stream():
     assert texts == ["Hello", "Hello"]
     assert ends == ["stop", "stop"]
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+    assert last["usage"] == usage_of(4, 4)
 
 
 def with_logprobs(request):
@@ -323,8 +341,12 @@ def test_logprobs_by_token_id_and_of_the_chosen_alone():
 
 
 def test_the_likelier_of_two_tokens_of_one_name_is_told():
+    class SameNames(TokenNames):
+        def name(self, token_id):
+            return "same"
+
     entry = TokenLogprob(1, -2.0, ((2, -0.5), (3, -1.0)))
-    told = tell_logprobs([entry], 0, lambda token_id: "same")
+    told = tell_logprobs([Spot(entry, 0)], SameNames(ByteTokenizer()))
     assert told.top_logprobs == [{"same": -0.5}]
     assert told.token_logprobs == [-2.0]
 
@@ -395,7 +417,8 @@ def test_fill_without_blanks():
 @pytest.mark.parametrize("blanks", [[], [0], [1], [0, 0, 3], [2, 4], [4]])
 def test_transcript_pieces_add_up(blanks):
     transcript = Transcript(num_blanks=5)
-    text = "".join(transcript.add(Piece(f"p{i}", (1,), blank)) for i, blank in enumerate(blanks))
+    pieces = [Piece(f"p{i}", (1,), blank) for i, blank in enumerate(blanks)]
+    text = "".join(transcript.add(piece)[0] for piece in pieces)
     text += transcript.close(finished(Request(request_id="r", encoder_ids=())))
     assert text == "\n".join(transcript.spans)
     assert len(transcript.spans) == 5
@@ -431,8 +454,20 @@ def test_message_of_a_failure_is_told():
     assert error_of(post(engine, {"prompt": "a"}), 500)["message"] == "out of memory"
 
 
-def test_full_queue_refuses_all_choices_or_none():
+def test_full_queue_refuses_before_a_text_is_read():
     engine = FakeEngine(room=1)
+    engine.tokenizer = None  # would fail
+    response = post(engine, {"prompt": ["a", "b"]})
+    assert error_of(response, 429)["code"] == "server_overloaded"
+    assert engine.submitted == []
+
+
+def test_full_queue_refuses_all_choices_or_none():
+    class Crowded(FakeEngine):
+        def require_room(self, num_requests, num_tokens=0, key=""):
+            """Others come between the question and the requests."""
+
+    engine = Crowded(room=1)
     response = post(engine, {"prompt": ["a", "b"]})
     error = error_of(response, 429)
     assert error["type"] == "rate_limit_error"
@@ -595,3 +630,377 @@ def test_logprobs_of_a_later_blank_begin_after_the_break(stream):
         (choice,) = response.json()["choices"]
         assert choice["text"] == "a\nb"
         assert choice["logprobs"]["text_offset"] == [0, 2]
+
+
+def echoing(request):
+    """As the engine: log-probabilities of the decoder prompt first, where they were asked for."""
+    told = []
+    if request.params.prompt_logprobs is not None:
+        top = ((9, -0.25),) if request.params.prompt_logprobs else ()
+        tokens = tuple(TokenLogprob(i, -0.5, top) for i in request.decoder_ids)
+        told.append(PromptLogprobs(tokens))
+    asked = request.params.logprobs is not None
+    logprobs = (TokenLogprob(70, -1.0, ()),) if asked else ()
+    return [*told, Piece("C", (70,), logprobs=logprobs), finished(request, "length", 1)]
+
+
+def test_decoder_prompt_in_both_forms():
+    engine = FakeEngine(echoing)
+    body = post(engine, {"prompt": "a", "decoder_prompt": "xy"}).json()
+    assert engine.submitted[0].decoder_ids == (3 + 120, 3 + 121)
+    assert body["choices"][0]["text"] == "C"
+    assert body["usage"] == usage_of(2, 1, decoder=2)
+    post(engine, {"prompt": "a", "decoder_prompt": [7, 8]})
+    assert engine.submitted[1].decoder_ids == (7, 8)
+    error = error_of(post(engine, {"prompt": "a", "decoder_prompt": [384]}), 400)
+    assert error["param"] == "decoder_prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_gives_the_decoder_prompt_with_its_logprobs(stream):
+    body = {"prompt": "a", "decoder_prompt": "\u00e9x", "echo": True, "logprobs": 1}
+    response = post(FakeEngine(echoing), {**body, "stream": stream})
+    if stream:
+        choices = [event["choices"][0] for event in events_of(response.text)]
+        text = "".join(choice["text"] for choice in choices)
+        parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        told = {key: [item for part in parts for item in part[key]] for key in parts[0]}
+    else:
+        (choice,) = response.json()["choices"]
+        text, told = choice["text"], choice["logprobs"]
+    assert text == "\u00e9xC"
+    assert told["token_logprobs"] == [-0.5, -0.5, -0.5, -1.0]
+    assert told["text_offset"] == [0, 0, 1, 2]  # two bytes make one character
+    assert len(told["tokens"]) == len(told["top_logprobs"]) == 4
+
+
+def test_echo_without_logprobs_and_with_samples():
+    engine = FakeEngine(echoing)
+    body = {"prompt": ["a", "b"], "decoder_prompt": "xy", "echo": True, "n": 2}
+    choices = post(engine, body).json()["choices"]
+    assert [choice["text"] for choice in choices] == ["xyC"] * 4
+    chunks = events_of(post(engine, {**body, "stream": True}).text)
+    texts = [""] * 4
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["xyC"] * 4
+
+
+def test_echo_of_nothing_is_nothing():
+    assert (
+        post(FakeEngine(echoing), {"prompt": "a", "echo": True}).json()["choices"][0]["text"] == "C"
+    )
+
+
+def test_a_prompt_is_scored_as_evaluation_harnesses_ask_for_it():
+    """lm-eval slices [context length : -1] of the lists: one entry for each id, and one more."""
+    engine = FakeEngine(echoing)
+    prompts = [[70, 71, 72], [73, 74]]
+    body = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    reply = post(engine, {**body, "seed": 1234}).json()
+    assert [r.decoder_ids for r in engine.submitted] == [(70, 71, 72), (73, 74)]
+    sentinel = engine.tokenizer.sentinel_id(0)
+    assert {request.encoder_ids for request in engine.submitted} == {(sentinel,)}
+    for prompt, choice in zip(prompts, reply["choices"], strict=True):
+        told = choice["logprobs"]
+        assert len(told["token_logprobs"]) == len(prompt) + 1
+        names = told["tokens"]
+        pairs = zip(names, told["token_logprobs"], told["top_logprobs"], strict=True)
+        assert all(likeliest[name] == value for name, value, likeliest in pairs)
+
+
+def test_no_tokens_at_all_with_echo():
+    body = {"prompt": "a", "decoder_prompt": "xy", "echo": True, "max_tokens": 0, "logprobs": 0}
+    for stream in (False, True):
+        engine = FakeEngine(echoing)
+        response = post(engine, {**body, "stream": stream, "return_token_ids": True})
+        assert engine.submitted[0].params.max_tokens == 1
+        if stream:
+            choices = [event["choices"][0] for event in events_of(response.text)]
+            assert "".join(choice["text"] for choice in choices) == "xy"
+            assert choices[-1]["finish_reason"] == "length"
+        else:
+            (choice,) = response.json()["choices"]
+            assert (choice["text"], choice["finish_reason"]) == ("xy", "length")
+            assert choice["token_ids"] == []
+            assert choice["logprobs"]["token_logprobs"] == [-0.5, -0.5]
+            assert response.json()["usage"] == usage_of(2, 0, decoder=2)
+
+
+def test_prompt_logprobs_by_token_id():
+    body = {"prompt": "a", "decoder_prompt": [7, 8], "prompt_logprobs": 1}
+    (choice,) = post(FakeEngine(echoing), body).json()["choices"]
+    assert [sorted(told) for told in choice["prompt_logprobs"]] == [["7", "9"], ["8", "9"]]
+    assert choice["prompt_logprobs"][0]["9"]["logprob"] == -0.25
+    assert choice["logprobs"] is None
+    error = error_of(post(FakeEngine(), {"prompt": "a", "prompt_logprobs": 1}), 400)
+    assert error["param"] == "prompt_logprobs"
+
+
+def ranked(request):
+    """The sample with seed 11 is the likeliest per token, though not in all."""
+    values = {10: (-1.0,), 11: (-0.75, -0.75), 12: (-2.0,)}[request.params.seed]
+    logprobs = tuple(TokenLogprob(70, value, ()) for value in values)
+    text = str(request.params.seed)
+    return [Piece(text, (70,) * len(values), logprobs=logprobs), finished(request, "stop", 2)]
+
+
+def test_best_of_tells_the_likeliest_samples():
+    engine = FakeEngine(ranked)
+    reply = post(engine, {"prompt": "a", "n": 2, "best_of": 3, "seed": 10}).json()
+    assert [choice["text"] for choice in reply["choices"]] == ["11", "10"]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+    assert [choice["logprobs"] for choice in reply["choices"]] == [None, None]
+    assert reply["usage"] == usage_of(2, 6)
+    body = {"prompt": "a", "n": 2, "best_of": 3}
+    assert error_of(post(engine, {**body, "stream": True}), 400)["param"] == "best_of"
+    assert error_of(post(engine, {**body, "best_of": 1}), 400)["param"] == "best_of"
+    assert error_of(post(engine, {**body, "best_of": 65}), 400)["param"] == "best_of"
+
+
+def searching(request):
+    answers = tuple(Answer(f"t{i}", (70 + i, 1), -float(i), "stop") for i in range(3))
+    return [Searched(answers), finished(request, "stop", 6)]
+
+
+def test_beams_are_choices_best_first():
+    engine = FakeEngine(searching)
+    body = {"prompt": ["a", "b"], "use_beam_search": True, "num_beams": 3, "n": 2}
+    body |= {"length_penalty": 0.5, "early_stopping": True, "temperature": 0}
+    reply = post(engine, {**body, "decoder_prompt": "x", "echo": True}).json()
+    assert [request.task for request in engine.submitted] == [
+        BeamParams(num_beams=3, length_penalty=0.5, stops_early=True)
+    ] * 2
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in reply["choices"]] == ["xt0", "xt1", "xt0", "xt1"]
+    assert [choice["score"] for choice in reply["choices"]] == [0, -1, 0, -1]
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [
+        ({"stream": True}, "stream"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_p": 0.5}, "top_p"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"best_of": 4}, "best_of"),
+        ({"fill": True}, "fill"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"num_beams": 2, "n": 3}, "n"),
+        ({"num_beams": 33}, "num_beams"),
+        ({"n": 33}, "n"),
+        ({"length_penalty": 11}, "length_penalty"),
+        ({"use_beam_search": False, "num_beams": 2}, "num_beams"),
+        ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
+        ({"use_beam_search": False, "early_stopping": True}, "early_stopping"),
+        ({"num_beams": 30, "prompt": ["a", "b", "c"]}, "num_beams"),
+    ],
+)
+def test_what_does_not_go_with_beams(extra, field):
+    body = {"prompt": "a", "use_beam_search": True, **extra}
+    assert error_of(post(FakeEngine(), body), 400)["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"fill": True, "decoder_prompt": "a"}, "decoder_prompt"),
+        ({"fill": True, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"fill": True, "truncate_prompt_tokens": 2}, "truncate_prompt_tokens"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"request_id": "a b"}, "request_id"),
+        ({"timeout": 0}, "timeout"),
+        ({"priority": 2**40}, "priority"),
+        ({"cache_salt": "x" * 300}, "cache_salt"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": "a"}, "bad_words"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ],
+)
+def test_what_is_refused(extra, field):
+    engine = FakeEngine()
+    assert error_of(post(engine, {"prompt": "a", **extra}), 400)["param"] == field
+    assert engine.submitted == []
+
+
+def test_both_ways_to_ask_for_a_form():
+    body = {"prompt": "a", "response_format": {"type": "json_object"}}
+    error = error_of(post(FakeEngine(), body | {"structured_outputs": {"regex": "a"}}), 400)
+    assert error["param"] == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("extra", "kind", "spec"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_object", '{"type":"object"}'),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "integer"}},
+                }
+            },
+            "json_schema",
+            '{"type":"integer"}',
+        ),
+        ({"structured_outputs": {"json": {"type": "null"}}}, "json_schema", '{"type":"null"}'),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "choice", '["a", "b"]'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"'),
+    ],
+)
+def test_grammars_reach_the_engine(extra, kind, spec):
+    engine = FakeEngine()
+    assert post(engine, {"prompt": "a", **extra, "n": 2}).status_code == 200
+    first, second = (request.params.grammar for request in engine.submitted)
+    assert (first.kind, first.spec) == (kind, spec)
+    assert second is first
+
+
+def test_a_format_of_text_asks_for_nothing():
+    engine = FakeEngine()
+    post(engine, {"prompt": "a", "response_format": {"type": "text"}})
+    assert engine.submitted[0].params.grammar is None
+
+
+def test_fields_that_only_the_engine_sees():
+    engine = FakeEngine()
+    body = {"prompt": "a", "bad_words": ["no"], "include_stop_str_in_output": True, "timeout": 5}
+    post(engine, {**body, "priority": 7, "cache_salt": "s", "stop": "x"})
+    (request,) = engine.submitted
+    assert request.params.bad_words == ((3 + 110, 3 + 111),)
+    assert request.params.include_stop
+    assert (request.deadline_s, request.key) == (5.0, "")
+    assert request.priority == 0  # never above that of the caller
+    assert request.salt == "/s"
+    post(engine, {"prompt": "a", "priority": -3})
+    assert engine.submitted[1].priority == -3
+    assert engine.submitted[1].deadline_s == Settings().request_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("side", "prompt", "kept"),
+    [
+        ("left", "abcd", (102, 103)),
+        ("right", "abcd", (100, 101)),
+        ("left", [5, 6, 7], (6, 7)),
+        ("right", [5, 6, 7], (5, 6)),
+        ("left", "a", (100,)),
+    ],
+)
+def test_prompts_are_truncated(side, prompt, kept):
+    engine = FakeEngine()
+    post(engine, {"prompt": prompt, "truncate_prompt_tokens": 2, "truncation_side": side})
+    assert engine.submitted[0].encoder_ids[:-1] == kept
+
+
+@pytest.mark.parametrize("prompt", ["ab", [100, 101]])
+def test_no_end_mark_on_request(prompt):
+    engine = FakeEngine()
+    post(engine, {"prompt": prompt, "add_special_tokens": False})
+    assert engine.submitted[0].encoder_ids == (100, 101)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_on_request(stream):
+    body = {"prompt": "a", "decoder_prompt": [7], "return_token_ids": True, "stream": stream}
+    response = post(FakeEngine(), body)
+    if stream:
+        choices = [event["choices"][0] for event in events_of(response.text)]
+        assert [choice["token_ids"] for choice in choices] == [[1], [2], []]
+        assert [choice["prompt_token_ids"] is None for choice in choices] == [False, True, True]
+    else:
+        choices = response.json()["choices"]
+        assert choices[0]["token_ids"] == [1, 2]
+    assert choices[0]["prompt_token_ids"][0] == 100
+    assert choices[0]["decoder_prompt_token_ids"] == [7]
+
+
+def test_usage_in_each_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": "a", "stream": True, "stream_options": options}
+    events = events_of(post(FakeEngine(), body).text)
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 2, 2]
+
+
+def test_id_of_the_client():
+    assert post(FakeEngine(), {"prompt": "a", "request_id": "a-1"}).json()["id"] == "cmpl-a-1"
+
+
+@pytest.mark.parametrize("way", ["body", "header", "setting"])
+def test_strict_reading_names_the_nearest_field(way):
+    body = {"prompt": "a", "temprature": 1}
+    body |= {"strict": True} if way == "body" else {}
+    client = client_of(FakeEngine(), strict_fields=way == "setting")
+    headers = {"x-strict": "true"} if way == "header" else {}
+    error = error_of(client.post(URL, json=body, headers=headers), 400)
+    assert (error["code"], error["param"]) == ("unknown_parameter", "temprature")
+    assert "'temperature'" in error["message"]
+
+
+def test_strict_reading_of_what_is_like_nothing():
+    error = error_of(post(FakeEngine(), {"prompt": "a", "qqqqq": 1, "strict": True}), 400)
+    assert "did you mean" not in error["message"]
+
+
+def test_user_is_told_to_the_log_as_a_hash(caplog):
+    with caplog.at_level("INFO"):
+        post(FakeEngine(), {"prompt": "a", "user": "Ada Lovelace"})
+    assert "Ada" not in caplog.text
+    assert "user=" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_receipt(stream):
+    body = {"prompt": "a", "seed": 3, "n": 2, "receipt": True, "stream": stream, "odd": 1}
+    body |= {"structured_outputs": {"regex": "a+"}}
+    response = post(FakeEngine(), body)
+    reply = events_of(response.text)[-1] if stream else response.json()
+    receipt = reply["receipt"]
+    assert receipt["seeds"] == [3, 4]
+    assert receipt["model"] == "org/tiny"
+    assert receipt["adapter"] is None
+    assert receipt["fingerprint"] == reply["system_fingerprint"]
+    assert receipt["ignored_fields"] == ["odd"]
+    assert receipt["parameters"]["max_tokens"] == OPENAI_MAX_TOKENS
+    assert receipt["parameters"]["grammar"] == {"kind": "regex", "spec": "a+"}
+
+
+def test_receipt_by_header_and_none_without():
+    client = client_of(FakeEngine())
+    assert client.post(URL, json={"prompt": "a"}).json()["receipt"] is None
+    headers = {"x-receipt": "1"}
+    assert client.post(URL, json={"prompt": "a"}, headers=headers).json()["receipt"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline(stream):
+    engine = FakeEngine(lambda request: [Failed("too late", is_late=True)])
+    response = post(engine, {"prompt": "a", "timeout": 1, "stream": stream})
+    if stream:
+        (event,) = events_of(response.text)
+        assert event["error"]["code"] == "deadline_exceeded"
+    else:
+        assert error_of(response, 504)["code"] == "deadline_exceeded"
+        assert response.headers["x-should-retry"] == "false"
+
+
+def test_tokens_that_were_cached_are_told():
+    engine = FakeEngine(lambda request: [replace(finished(request), cached_tokens=2)])
+    usage = post(engine, {"prompt": "a", "n": 2}).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 2
+
+
+def test_prompt_too_long_for_the_settings():
+    error = error_of(post(FakeEngine(), {"prompt": "a" * 101}, max_prompt_chars=100), 400)
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")

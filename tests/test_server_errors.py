@@ -98,9 +98,8 @@ def test_retry_after_stays_where_clients_obey(wait_s):
 
 def test_unknown_path(client):
     error_of(client.get("/v1/nothing"), 404, "not_found")
-    error_of(client.post("/v1/chat/completions", json={}), 404, "not_found")
+    error_of(client.post("/v1/edits", json={}), 404, "not_found")
     error_of(client.post(f"{URL}/", json={"prompt": "a"}), 404, "not_found")
-    error_of(client.get("/docs"), 404, "not_found")
     error_of(client.get("/redoc"), 404, "not_found")
 
 
@@ -228,3 +227,17 @@ def test_safe_request_id_is_kept(client):
 def test_other_request_ids_are_replaced(client, asked):
     response = client.get("/health", headers={"x-request-id": asked.encode("latin-1")})
     assert response.headers["x-request-id"].startswith("req-")
+
+
+def test_every_route_documents_its_failures():
+    document = create_app(FakeEngine()).openapi()
+    texts = [path for path in document["paths"] if path.startswith(("/v1/", "/tok", "/detok"))]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/generate", "/v1/score"} < set(texts)
+    assert {"/v1/embeddings", "/tokenize", "/detokenize", "/tokenizer_info"} < set(texts)
+    for path in texts:
+        for operation in document["paths"][path].values():
+            statuses = set(operation["responses"])
+            assert "422" not in statuses, path  # our code for it is 400
+            assert {"200", "400", "401", "403", "404", "429", "500", "503"} <= statuses, path
+            if "requestBody" in operation:
+                assert {"413", "415", "504"} <= statuses, path

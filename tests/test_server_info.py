@@ -10,8 +10,8 @@ from engine.footprint import Workload
 from engine.planning import Budgets, Storage, plan_memory
 from offload.pipeline import PipelineStats
 from server.app import create_app
-from server.info import installed_version
 from server.settings import Settings
+from server.versions import installed_version
 from tests.fakes import TINY_CONFIG, FakeEngine
 from tests.test_server_health import samples_of
 from tests.tiny import MOE
@@ -41,10 +41,21 @@ def test_info_of_a_model_that_nobody_planned():
     assert values["limits"] == {
         "max_prompt_tokens": 2048,
         "max_tokens": 2048,
+        "max_rows": 32,
         "max_queue": 7,
+        "max_queue_tokens": None,
         "max_choices": 7,
+        "max_prompt_chars": 2**21,
         "max_body_bytes": 1000,
+        "max_upload_bytes": 2**28,
+        "request_timeout_s": 600,
     }
+    load = {"waiting": 0, "waiting_tokens": 0, "running": 0, "max_rows": 32}
+    assert values["queue"] == load
+    assert values["encoder_cache"] == {"limit_bytes": 0, "used_bytes": 0, "hits": 0, "misses": 0}
+    assert values["is_batch_invariant"] is False
+    assert values["adapters"] is None
+    assert values["versions"]["torch"] == installed_version("torch")
     assert values["plan"] is values["experts"] is None
     assert values["fallbacks"] == []
     assert values["version"] == installed_version()
@@ -57,6 +68,7 @@ def test_info_of_an_offloaded_model():
     assert values["plan"]["budget_bytes"] == {"host": 2**21, "gpu": 2**30}
     assert "expert_plan" not in values["plan"]  # thousands of names
     assert values["experts"]["hits"] == 3
+    assert values["experts"]["hit_rate"] == 0.6
     assert values["experts"]["read_bytes"] == 8192
     assert values["fallbacks"] == ["reads are buffered", "memory is not pinned"]
 
@@ -84,6 +96,9 @@ def test_metrics_tell_the_plan_and_the_slower_ways():
     parts = {part.lower().replace(" ", "_"): size for part, size in engine.plan.parts().items()}
     assert planned == parts
     assert planned["expert_slots"] == 16 * 20_480
+    assert samples["infmoe_budget_bytes", ("tier", "host")] == 2**21
+    assert samples["infmoe_budget_bytes", ("tier", "gpu")] == 2**30
+    assert samples["infmoe_planned_bytes", ("tier", "gpu")] > planned["expert_slots"]
     assert samples["infmoe_fallbacks", ("what", "reads are buffered")] == 1
     assert samples["infmoe_fallbacks", ("what", "memory is not pinned")] == 1
 

@@ -1,0 +1,151 @@
+"""POST /v1/chat/completions: the turns go to the encoder, the answer comes from the decoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from engine.config import LENGTH_FACTOR
+from server.gateway import Gateway
+from server.logprobs import tell_chat_logprobs
+from server.parts import Ending, Part
+from server.protocol import Engine
+from server.responses import streamed
+from server.schemas import Usage
+from server.schemas_chat import (
+    DEFAULT_MAX_TOKENS,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    Message,
+)
+from server.templates import ChatTemplate
+from server.writing import Draft, Route, Style, write
+
+
+def join_turns(messages: Sequence[Message]) -> str:
+    """What the encoder reads where the model brings no template: the texts, one on each line.
+
+    Models of this kind were not trained on roles, which are therefore not told.
+    """
+    return "\n".join(message.text() for message in messages)
+
+
+def default_limit(engine: Engine, decoder_prompt: str) -> int:
+    """Most tokens of an answer that names no limit: what OpenAI's is would block all caches."""
+    room = engine.config.max_positions * LENGTH_FACTOR
+    room -= len(engine.tokenizer.encode(decoder_prompt))
+    return max(1, min(DEFAULT_MAX_TOKENS, room))
+
+
+def read_chat(body: ChatRequest, template: ChatTemplate | None, engine: Engine) -> Draft:
+    """What a conversation comes to. Raises RequestError if the template refuses it."""
+    messages = body.messages
+    decoder_prompt = ""
+    if body.continue_final_message:
+        *messages, last = messages
+        decoder_prompt = last.text()
+    if template is None:
+        text = join_turns(messages)
+    else:
+        turns = [{"role": message.role, "content": message.text()} for message in messages]
+        is_opening = (
+            not body.continue_final_message
+            if body.add_generation_prompt is None
+            else (body.add_generation_prompt)
+        )
+        text = template.render(turns, body.chat_template_kwargs, is_opening=is_opening)
+    return Draft(
+        prompts=[text],
+        decoder_prompt=decoder_prompt,
+        max_tokens=body.limit or default_limit(engine, decoder_prompt),
+        logprobs=body.num_logprobs,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatStyle(Style):
+    """Chat completions as OpenAI tells them."""
+
+    def chunks(self, part: Part, usage: Usage | None) -> Sequence[ChatChunk]:
+        """The role before the first text, then text, then the reason of the end without text."""
+        told: list[ChatChunkChoice] = []
+        if part.request is not None:
+            prompt_ids = list(part.request.encoder_ids) if self.has_token_ids else None
+            delta = ChatDelta(role="assistant", content="")
+            told.append(ChatChunkChoice(index=part.index, delta=delta, prompt_token_ids=prompt_ids))
+        if part.text or part.spots or part.token_ids:
+            told.append(
+                ChatChunkChoice(
+                    index=part.index,
+                    delta=ChatDelta(content=part.text),
+                    logprobs=self._logprobs(part),
+                    token_ids=list(part.token_ids) if self.has_token_ids else None,
+                )
+            )
+        if part.finish is not None:
+            told.append(
+                ChatChunkChoice(
+                    index=part.index,
+                    delta=ChatDelta(),
+                    finish_reason=part.shown_finish,
+                    stop_reason=part.stop_reason,
+                    seed=part.seed,
+                )
+            )
+        return [self._chunk([choice], Ending(usage=usage)) for choice in told]
+
+    def closing(self, ending: Ending) -> ChatChunk:
+        """A chunk without choices."""
+        return self._chunk([], ending)
+
+    def whole(self, parts: Sequence[Part], ending: Ending) -> BaseModel:
+        """All choices."""
+        facts = {**self.head.facts(), **ending.facts()}
+        choices = [self._choice(part) for part in parts]
+        return ChatCompletion.model_validate({**facts, "choices": choices})
+
+    def _choice(self, part: Part) -> ChatChoice:
+        assert part.shown_finish is not None  # the whole is told at the end
+        first = part.request if self.has_token_ids else None
+        return ChatChoice(
+            index=part.index,
+            message=ChatMessage(content=part.text),
+            logprobs=self._logprobs(part),
+            finish_reason=part.shown_finish,
+            stop_reason=part.stop_reason,
+            seed=part.seed,
+            score=part.score,
+            token_ids=list(part.token_ids) if self.has_token_ids else None,
+            prompt_token_ids=list(first.encoder_ids) if first else None,
+        )
+
+    def _logprobs(self, part: Part) -> ChatLogprobs | None:
+        return None if self.draft.logprobs is None else tell_chat_logprobs(part.spots, self.names)
+
+    def _chunk(self, choices: list[ChatChunkChoice], ending: Ending) -> ChatChunk:
+        return ChatChunk.model_validate({**self.head.facts(), **ending.facts(), "choices": choices})
+
+
+CHAT = Route("chatcmpl", "messages", ChatStyle)
+
+
+def add_chat_route(app: FastAPI, gateway: Gateway, template: ChatTemplate | None) -> None:
+    """Serve POST /v1/chat/completions with the model's own template, if it has one."""
+
+    def read(body: ChatRequest) -> Draft:
+        return read_chat(body, template, gateway.engine)
+
+    @app.post("/v1/chat/completions", response_model=None, responses=streamed(ChatCompletion))
+    async def create_chat_completion(http: HttpRequest, body: ChatRequest) -> Response:
+        """Answer a conversation; with `stream: true` as an event stream."""
+        body.check()
+        return await write(gateway, http, CHAT, body, read, 1)
