@@ -22,6 +22,7 @@ from engine.memory import (
     gpu_memory,
     host_budget,
     host_memory,
+    return_free_heap,
     return_large_blocks,
 )
 from engine.model.dtypes import DTYPES
@@ -255,6 +256,7 @@ def load_planned(
     loaded = _load_planned(path, plan, on_phase, progress)
     if plan.budgets.gpu_bytes is None and can_pack(plan.storage.dtype):
         pack_linears(loaded.model, Linear)
+        return_free_heap()
     progress.finish()
     return loaded
 

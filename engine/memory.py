@@ -87,6 +87,15 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
+def return_free_heap() -> None:
+    """Have glibc give back what is free between blocks that are in use; with another C library: no.
+
+    Packing a 248 MB model leaves 30 to 95 MB of such holes.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """Read the limits that hold for this process: the machine's, its memory group's, all above it.
 

@@ -170,3 +170,23 @@ def test_large_blocks_are_given_back_at_once():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
     )
     assert int(result.stdout) < 24 * 1024  # KiB
+
+
+def test_holes_between_blocks_are_given_back():
+    code = """
+        import re, torch
+        from engine.memory import return_free_heap
+        def rss():
+            return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        blocks = [torch.ones(2**14) for _ in range(1000)]  # 64 KiB each, on the heap
+        full = rss()
+        kept = blocks[-1]
+        del blocks[:-1]
+        blocks = None
+        return_free_heap()
+        print(full - rss())
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) > 48 * 1024  # KiB, of 62

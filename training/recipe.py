@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from engine.config import ModelConfig, config_from_dict
 from engine.errors import ConfigError
 
-OptimizerName = Literal["adamw", "adafactor"]
+OptimizerName = Literal["adamw", "adafactor", "adafactor_hf", "muon"]
+ObjectiveName = Literal["spans", "prefix_lm", "ul2"]
+InheritSchedule = Literal["linear", "heaviside", "constant"]
 ScheduleName = Literal["constant", "linear", "noam", "wsd"]
 Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
@@ -17,11 +19,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRecipe:
-    """A pair of text files, one document per line, and how often it is drawn against the others."""
+    """A pair of text files, one document per line, and how often it is drawn against the others.
+
+    Sources of one `group`, such as a language, are also evaluated together, apart from the rest.
+    """
 
     train: str
     valid: str
     weight: float = 1.0
+    group: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -32,7 +38,8 @@ class SourceRecipe:
 class DataRecipe:
     """Where the text is and how it becomes rows.
 
-    Lengths in tokens, paths relative to the recipe.
+    Lengths in tokens, paths relative to the recipe. `objective` spans fills blanks and continues
+    the text of `continuation_share`; prefix_lm continues all; ul2 mixes denoisers of seven kinds.
     """
 
     tokenizer: str
@@ -44,8 +51,13 @@ class DataRecipe:
     density: float = 0.15
     mean_span: float = 10.0
     continuation_share: float = 0.0
+    objective: ObjectiveName = "spans"
 
     def __post_init__(self) -> None:
+        if self.objective != "spans" and self.continuation_share:
+            raise ConfigError(
+                f"continuation_share is {self.continuation_share}; it belongs to objective spans"
+            )
         if not self.sources:
             raise ConfigError("[[data.sources]] is empty; name at least one pair of text files")
         if not 16 <= self.window <= self.source_length:
@@ -61,6 +73,12 @@ class TrainRecipe:
     `balanced_until` is the share of the steps routed by balanced assignment; afterwards routing is
     greedy, as at inference. `warmup` and `decay` are shares of the steps. `start` is a model
     directory to begin with, such as a grown one, relative to the recipe; none begins at random.
+
+    `ema` averages the weights of all steps, forgetting by that factor a step; the average is what
+    is evaluated and written. `checkpointing` computes blocks again in the backward pass instead of
+    keeping what they computed. `z_loss` keeps the logits' normaliser near 1; `balance_loss` and
+    `router_z_loss` do that for a router that is trained (base_layer). `router_noise` (standard
+    deviation) moves tokens to other experts, `expert_drop` leaves experts' outputs out at random.
     """
 
     steps: int
@@ -80,6 +98,13 @@ class TrainRecipe:
     eval_every: int = 500
     eval_batches: int = 8
     checkpoint_every: int = 500
+    ema: float = 0.0
+    checkpointing: bool = False
+    z_loss: float = 0.0
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+    router_noise: float = 0.0
+    expert_drop: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,16 +124,69 @@ class TrainRecipe:
             raise ConfigError("learning_rate and clip must be above 0, weight_decay not below 0")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        for name in ("ema", "expert_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to less than 1")
+        for name in ("z_loss", "balance_loss", "router_z_loss", "router_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillRecipe:
+    """Knowledge inheritance: the loss is (1 - rate) CE + rate temperature^2 KL(teacher, student).
+
+    `teachers` are model directories or run folders; several teach their mean. The rate starts at
+    `rate` and is 0 after `inherit_share` of the steps: linear falls to it, heaviside and constant
+    drop to it. `top_k` keeps the likeliest tokens of the teachers only (0: all); a `cache` folder
+    keeps them on disk. With `stop_when_passed` the teaching ends at the first evaluation at which
+    the student is as good as the teachers.
+
+    Source: Qin et al. (arXiv:2105.13880) s3.
+    """
+
+    teachers: tuple[str, ...]
+    schedule: InheritSchedule = "linear"
+    rate: float = 1.0
+    inherit_share: float = 0.4
+    temperature: float = 2.0
+    top_k: int = 0
+    cache: str = ""
+    stop_when_passed: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ConfigError("teachers is empty; name a model directory or a run folder")
+        for name in ("rate", "inherit_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature}; it must be above 0, and finite")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
+        if self.cache and not self.top_k:
+            raise ConfigError("cache needs top_k, the number of tokens kept at each position")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One run: the model, the data, the training."""
+    """One run: the model, the data, the training, and whom it learns from."""
 
     model: ModelConfig
     data: DataRecipe
     train: TrainRecipe
     folder: Path
+    distill: DistillRecipe | None = None
+
+    def __post_init__(self) -> None:
+        train, config = self.train, self.model
+        if not config.num_experts and (train.router_noise or train.expert_drop):
+            raise ConfigError("router_noise and expert_drop need a model with experts")
+        has_router = config.num_experts and config.router == "base_layer"
+        if (train.balance_loss or train.router_z_loss) and not has_router:
+            raise ConfigError(
+                "balance_loss and router_z_loss teach a router; only base_layer is trained"
+            )
 
     def path(self, name: str) -> Path:
         """A path of the recipe, relative to the folder of its file."""
@@ -116,7 +194,8 @@ class Recipe:
 
     def as_run(self) -> dict[str, Any]:
         """The whole recipe with all defaults, for the record of the run."""
-        return {name: asdict(getattr(self, name)) for name in ("model", "data", "train")}
+        names = ("model", "data", "train", *(["distill"] if self.distill else []))
+        return {name: asdict(getattr(self, name)) for name in names}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -130,22 +209,33 @@ def read_recipe(path: Path) -> Recipe:
             tables = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
-    if set(tables) != {"model", "data", "train"}:
+    if set(tables) - {"distill"} != {"model", "data", "train"}:
         raise ConfigError(f"{path}: tables are {sorted(tables)}; needed: model, data, train")
     try:
         model, data = (_check_table(tables[name], name) for name in ("model", "data"))
         sources = data.pop("sources", [])
         if not isinstance(sources, list):
             raise ConfigError("data.sources is no list; write [[data.sources]]")
-        data["sources"] = tuple(_build(SourceRecipe, item, "data.sources") for item in sources)
+        data["sources"] = tuple(build_table(SourceRecipe, item, "data.sources") for item in sources)
         return Recipe(
             model=config_from_dict(model),
-            data=_build(DataRecipe, data, "data"),
-            train=_build(TrainRecipe, tables["train"], "train"),
+            data=build_table(DataRecipe, data, "data"),
+            train=build_table(TrainRecipe, tables["train"], "train"),
             folder=path.parent,
+            distill=_build_distill(tables.get("distill")),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _build_distill(values: object) -> DistillRecipe | None:
+    if values is None:
+        return None
+    table = _check_table(values, "distill")
+    teachers = table.get("teachers", [])
+    if not isinstance(teachers, list) or not all(isinstance(name, str) for name in teachers):
+        raise ConfigError(f"[distill] teachers is {teachers!r}; expected a list of folders")
+    return build_table(DistillRecipe, table | {"teachers": tuple(teachers)}, "distill")
 
 
 def _check_table(values: object, name: str) -> dict[str, Any]:
@@ -154,7 +244,8 @@ def _check_table(values: object, name: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _build(kind: type[T], values: object, table: str) -> T:
+def build_table(kind: type[T], values: object, table: str) -> T:
+    """A frozen dataclass from a TOML table. Raises ConfigError that names the key at fault."""
     values = _check_table(values, table)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(values.keys() - known.keys()):
@@ -173,7 +264,8 @@ def _check_type(where: str, expected: Any, value: object) -> None:
     if get_origin(expected) is Literal:
         if value not in get_args(expected):
             raise ConfigError(f"{where} is {value!r}; allowed: {', '.join(get_args(expected))}")
-    elif expected in (int, float, str):
+    elif expected in (int, float, str, bool):
         allowed = (int, float) if expected is float else (expected,)
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        wrong_bool = isinstance(value, bool) and expected is not bool
+        if wrong_bool or not isinstance(value, allowed):
             raise ConfigError(f"{where} is {value!r}; expected {expected.__name__}")
