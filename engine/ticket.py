@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+from collections import defaultdict
+from collections.abc import Iterable
 from time import perf_counter
 
 from engine.request import Event, Failed, Finished, Request
@@ -29,11 +31,17 @@ class Ticket:
         return self.cancelled.is_set()
 
     def put(self, event: Event) -> None:
-        """Hand an event over, from the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.cancelled.set()
+        """Hand an event over, from another thread than the loop's."""
+        put_all([(self, event)])
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where its events are read."""
+        return self._loop
+
+    def take(self, event: Event) -> None:
+        """Take an event, on the loop."""
+        self._events.put_nowait(event)
 
     def __aiter__(self) -> "Ticket":
         return self
@@ -52,3 +60,24 @@ class Ticket:
         self._done = True
         self.cancelled.set()
         self._events.put_nowait(None)  # for who waits for an event: none will come
+
+
+def put_all(told: Iterable[tuple[Ticket, Event]]) -> None:
+    """Hand events over, from another thread: each loop is woken once for all of its own.
+
+    Waking it for each event costs a system call and a change of threads for each.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]] = defaultdict(list)
+    for ticket, event in told:
+        by_loop[ticket.loop].append((ticket, event))
+    for loop, pairs in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_take_each, pairs)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            for ticket, _ in pairs:
+                ticket.cancelled.set()
+
+
+def _take_each(pairs: list[tuple[Ticket, Event]]) -> None:
+    for ticket, event in pairs:
+        ticket.take(event)

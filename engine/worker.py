@@ -28,7 +28,7 @@ from engine.queue_limits import QueueLimits, Waiting
 from engine.request import Event, Failed, Finished, Request
 from engine.scheduler import Limits
 from engine.stats import CacheStats, EngineStats, WorkStats
-from engine.ticket import Ticket
+from engine.ticket import Ticket, put_all
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -338,8 +338,7 @@ class Worker:
             self._is_in_turn = True
             told = engine.turn()
             self._is_in_turn = False
-            for ticket, event in told:
-                self._tell(ticket, event)
+            put_all([pair for pair in told if self._note(*pair)])
 
     def _take_in(self, engine: "Engine[Ticket]") -> bool:
         """Hand over what has arrived; wait if there is nothing to do. False: it is over."""
@@ -355,17 +354,17 @@ class Worker:
                 self._changed.wait()
                 self._pace.begin()
 
-    def _tell(self, ticket: Ticket, event: Event) -> None:
+    def _note(self, ticket: Ticket, event: Event) -> bool:
+        """Count an end; returns whether anybody is to be told of the event."""
         if isinstance(event, Finished | Failed):
             with self._changed:
                 is_open = ticket in self._open  # else `drain` has ended it
                 if ticket.is_cancelled() or not is_open:
-                    return
+                    return False
                 self._open.discard(ticket)
                 self._pace.note_end()
                 self._count(event)
-        if not ticket.is_cancelled():
-            ticket.put(event)
+        return not ticket.is_cancelled()
 
     def _count(self, event: Finished | Failed) -> None:
         if isinstance(event, Failed):
