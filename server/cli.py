@@ -3,32 +3,32 @@
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.errors import ConfigError
-from server.app import create_app
 from server.keys import read_keys
 from server.lifecycle import leave_on_signals, open_socket, run_to_exit
 from server.log_format import configure_logging, say
-from server.protocol import Engine
 from server.settings import DtypeName, LogLevel, Settings, is_loopback
 from server.settings_sources import join_settings, parse_assignments, print_settings
 
 if TYPE_CHECKING:
+    from server.protocol import Engine
     from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 
-def open_engine(model: Path, settings: Settings) -> Engine:
+def open_engine(model: Path, settings: Settings) -> "Engine":
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
+    from engine.footprint import largest_workload
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
-    from engine.model.transformer import set_invariant
     from engine.planning import MemoryPlan
     from engine.routing import record_routing
     from engine.scheduler import Limits
@@ -42,7 +42,9 @@ def open_engine(model: Path, settings: Settings) -> Engine:
     def load(report_phase: Callable[[str], None]) -> LoadedModel:
         report_phase("reading weights")
         # before the weights: its dictionary is memory of the process, which the plan counts
-        tokenizer = open_tokenizer(model, read_storage(model).config.tokenizer)
+        config = read_storage(model).config
+        tokenizer = open_tokenizer(model, config.tokenizer)
+        adapter_bytes = settings.adapter_memory if settings.adapters else 0
         loaded = load_within(
             model,
             parse_dtype(settings.dtype),
@@ -50,10 +52,10 @@ def open_engine(model: Path, settings: Settings) -> Engine:
             settings.gpu_memory,
             report_phase,
             log_plan,
+            replace(largest_workload(config), adapter_bytes=adapter_bytes),
             progress=worker.progress,
+            invariant=settings.invariant,
         )
-        if settings.invariant:
-            set_invariant(loaded.model)
         close = loaded.close
         if settings.record_routing is not None:
             recorder, path = record_routing(loaded.model), settings.record_routing
@@ -190,6 +192,8 @@ def start(settings: Settings) -> None:
     with open_socket(settings.host, settings.port) as listener:
         say(logging.INFO, greeting(listener))
         leave_on_signals()
+        from server.app import create_app  # not at the top: see open_engine
+
         engine = open_engine(settings.model, settings)
         app = create_app(engine, settings, tracing)
         close = tracing.close if tracing is not None else lambda: None

@@ -388,3 +388,18 @@ def test_settings_reach_the_engine(tmp_path):
         assert engine._stall_s == 60
     finally:
         assert engine.drain(20)
+
+
+def test_the_plan_of_a_server_counts_its_adapters(tmp_path):
+    save_model(tiny_model(), tmp_path / "model")
+    (tmp_path / "adapters").mkdir()
+    settings = {"model": tmp_path / "model", "adapter_memory": "3MiB"}
+    planned = {}
+    for name, given in (("with", {"adapters": tmp_path / "adapters"}), ("without", {})):
+        engine = open_engine(tmp_path / "model", read_settings(**settings, **given))
+        while engine.state != "ready":
+            threading.Event().wait(0.01)
+        planned[name] = engine.plan.parts()
+        assert engine.drain(20)
+    assert planned["with"]["adapters"] == 3 * 2**20
+    assert "adapters" not in planned["without"] or planned["without"]["adapters"] == 0
