@@ -34,7 +34,9 @@ def plan(  # noqa: PLR0913  the options are the interface
     gpu_memory: Annotated[
         str | None, typer.Option(help="GPU memory, all told. Default: the CPU computes.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows that are decoded at once.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows decoded at once. Default: as serve, up to 32.")
+    ] = None,
     source_tokens: Annotated[
         int | None, typer.Option(min=1, help="Encoder length. Default: the longest accepted.")
     ] = None,
@@ -63,19 +65,21 @@ def plan(  # noqa: PLR0913  the options are the interface
     from engine.loading import find_storage, plan_elsewhere
     from engine.machine import cache_folder, find_bandwidths, parse_bandwidth
     from engine.prediction import predict
+    from engine.scheduler import Limits
     from engine.units import parse_bytes
 
     storage, files = find_storage(model, dtype)
     lengths = {"source_tokens": source_tokens, "target_tokens": target_tokens}
     given = {name: length for name, length in lengths.items() if length is not None}
-    workload = replace(largest_workload(storage.config, batch), **given)
+    workload = replace(largest_workload(storage.config, batch or 1), **given)
     rates = {"disk": disk, "dram": dram, "link": link, "hbm": hbm}
     known = {tier: parse_bandwidth(text) for tier, text in rates.items() if text is not None}
     host_bytes = None if memory is None else parse_bytes(memory)
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
-    made = plan_elsewhere(storage, host_bytes, gpu_bytes, workload)
+    most = Limits().max_rows if batch is None else batch
+    made = plan_elsewhere(storage, host_bytes, gpu_bytes, workload, most)
     bandwidths = find_bandwidths(files, known, cache_folder(), measure_again=measure)
-    predictions = [predict(made, bandwidths, rows) for rows in sorted({1, batch})]
+    predictions = [predict(made, bandwidths, rows) for rows in sorted({1, made.workload.rows})]
     if as_json:
         typer.echo(json.dumps(_to_json(model, made, bandwidths, predictions)))
         return

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from engine.planning import (
     Budgets,
     MemoryPlan,
     Storage,
+    choose_rows,
     plan_memory,
 )
 from engine.progress import LoadProgress
@@ -150,10 +152,15 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def plan_loading(
-    storage: Storage, memory: int | None, gpu_memory_bytes: int | None, workload: Workload
+    storage: Storage,
+    memory: int | None,
+    gpu_memory_bytes: int | None,
+    workload: Workload,
+    max_rows: int = 1,
 ) -> MemoryPlan:
     """Plan for this machine and this process as they are now. Budgets in bytes.
 
+    With `max_rows` above those of the workload, for as many as `choose_rows` allows.
     Raises ConfigError if a budget is too small for the model or too large for the machine.
     """
     budget = None
@@ -169,15 +176,30 @@ def plan_loading(
             budgets.host_bytes,
             host.usable_bytes,
         )
-    return plan_memory(storage, workload, budgets, process_bytes(host, on_gpu=budget is not None))
+    process = process_bytes(host, on_gpu=budget is not None)
+    return _plan_rows(storage, workload, budgets, process, max_rows)
+
+
+def _plan_rows(
+    storage: Storage, workload: Workload, budgets: Budgets, process: int, max_rows: int
+) -> MemoryPlan:
+    if max_rows <= workload.rows:
+        return plan_memory(storage, workload, budgets, process)
+    return choose_rows(
+        lambda rows: plan_memory(storage, replace(workload, rows=rows), budgets, process), max_rows
+    )
 
 
 def plan_elsewhere(
-    storage: Storage, memory: int | None, gpu_memory_bytes: int | None, workload: Workload
+    storage: Storage,
+    memory: int | None,
+    gpu_memory_bytes: int | None,
+    workload: Workload,
+    max_rows: int = 1,
 ) -> MemoryPlan:
     """Plan for a server with budgets that this machine need not have; memory None: as it would.
 
-    Raises ConfigError if a budget is too small.
+    `max_rows` as for `plan_loading`. Raises ConfigError if a budget is too small.
     """
     host = host_memory()
     budgets = Budgets(
@@ -185,7 +207,7 @@ def plan_elsewhere(
         gpu_bytes=gpu_memory_bytes,
     )
     process = process_bytes(host, on_gpu=gpu_memory_bytes is not None) + SERVER_BYTES
-    return plan_memory(storage, workload, budgets, process)
+    return _plan_rows(storage, workload, budgets, process, max_rows)
 
 
 def process_bytes(host: HostMemory, *, on_gpu: bool) -> int:
@@ -205,19 +227,21 @@ def load_within(  # noqa: PLR0913  what may be said of a load, each with a defau
     workload: Workload | None = None,
     progress: LoadProgress | None = None,
     *,
+    max_rows: int = 1,
     invariant: bool = False,
 ) -> Loaded:
     """Plan for budgets in bytes, tell the plan, and load the model by it.
 
     memory None: a share of what is to be had; gpu_memory_bytes None: no GPU; workload None: the
-    longest requests that are accepted, one at a time. `invariant`: see `set_invariant`. The model
-    is for serving: its weights may be packed, which can be neither read nor saved.
+    longest requests that are accepted. As many rows are planned for as `choose_rows` allows, up to
+    `max_rows`. `invariant`: see `set_invariant`. The model is for serving: its weights may be
+    packed, which can be neither read nor saved.
     Raises ConfigError if a budget is too small or too large, or there is no GPU; nothing has been
     loaded then. Raises CheckpointError if the model is damaged.
     """
     storage = read_storage(path, dtype)
     load = workload or largest_workload(storage.config)
-    plan = plan_loading(storage, memory, gpu_memory_bytes, load)
+    plan = plan_loading(storage, memory, gpu_memory_bytes, load, max_rows)
     on_plan(plan)
     on_phase("reading weights")
     loaded = load_planned(path, plan, on_phase, progress)

@@ -5,7 +5,7 @@ exceeds them; where they are too small it says so, with the sum and the least th
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,9 @@ from offload.planner import MIN_STREAMING, ExpertPlan, plan_experts
 from offload.slots import Key
 
 CACHES = "decoder caches"
+WORKSPACE = "workspace"
+# Of a budget in which not all experts fit, what decoding more rows together may cost in slots.
+ROWS_SHARE = 1 / 8
 
 Place = Literal["host", "gpu", "disk"]
 
@@ -246,6 +249,29 @@ def plan_memory(
     return _make_plan(storage, workload, budgets, fixed, experts)
 
 
+def choose_rows(plan_rows: Callable[[int], MemoryPlan], most: int) -> MemoryPlan:
+    """Of the plans for so many rows, their half, its half and so on down to 1: the first that fits.
+
+    One row must fit. More must leave all experts resident, or else take no more than ROWS_SHARE of
+    the budget: slots are worth more than rows to a model that is larger than its memory.
+    Raises ConfigError if one row does not fit.
+    """
+    rows = most
+    while rows > 1:
+        try:
+            plan = plan_rows(rows)
+        except ConfigError:
+            pass  # fewer may fit
+        else:
+            place = plan.budgets.compute_place
+            parts = plan.parts()
+            taken = parts[CACHES] + parts[WORKSPACE]
+            if plan.is_resident or taken <= ROWS_SHARE * plan.budgets.by_place()[place]:
+                return plan
+        rows //= 2
+    return plan_rows(1)
+
+
 def _make_plan(
     storage: Storage,
     workload: Workload,
@@ -283,7 +309,7 @@ def fixed_lines(
         Line("process", "host", process_bytes, "Python, torch and their libraries"),
         Line("dense weights", place, dense + filling, str(dtype).removeprefix("torch.")),
         Line(CACHES, place, cache_bytes(config, dtype, workload), shown),
-        Line("workspace", place, workspace, "upper estimate"),
+        Line(WORKSPACE, place, workspace, "upper estimate"),
     ]
     if workload.adapter_bytes:
         lines.append(Line("adapters", place, workload.adapter_bytes, "soft prompts, at most"))

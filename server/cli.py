@@ -27,6 +27,7 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
     from engine.footprint import largest_workload
+    from engine.grammar_vocabulary import grammar_vocabulary
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.planning import MemoryPlan
@@ -41,9 +42,11 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
 
     def load(report_phase: Callable[[str], None]) -> LoadedModel:
         report_phase("reading weights")
-        # before the weights: its dictionary is memory of the process, which the plan counts
+        # before the weights: these are memory of the process, which the plan counts; and the first
+        # request with a grammar should not wait for what takes up to a second
         config = read_storage(model).config
         tokenizer = open_tokenizer(model, config.tokenizer)
+        grammar_vocabulary(tokenizer)  # type: ignore[arg-type]  # as all objects it has a hash
         adapter_bytes = settings.adapter_memory if settings.adapters else 0
         loaded = load_within(
             model,
@@ -54,6 +57,7 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
             log_plan,
             replace(largest_workload(config), adapter_bytes=adapter_bytes),
             progress=worker.progress,
+            max_rows=settings.max_rows,
             invariant=settings.invariant,
         )
         close = loaded.close

@@ -46,7 +46,7 @@ def test_a_plan_for_a_machine_that_one_does_not_have(capsys):
 
     The sweep moves the other 739 of the encoder over the link: 46.0 GiB at 50 GB/s.
     """
-    code, out, err = run(capsys, *BIG, *GIVEN)
+    code, out, err = run(capsys, *BIG, *GIVEN, "--batch", "1")
     assert (code, err) == (0, "")
     lines = dict(re.findall(r"^ {0,2}(\S.*?)(?: {2,})(.*)$", out, re.M))
     assert out.startswith("cpm2-moe-198b: 1536 experts of 63.8 MiB (int4), the rest bfloat16\n")
@@ -67,7 +67,7 @@ def test_a_plan_for_a_machine_that_one_does_not_have(capsys):
 
 
 def test_json_holds_the_plan_and_what_the_simulator_reads(capsys):
-    values = values_of(capsys, *BIG, *GIVEN)
+    values = values_of(capsys, *BIG, *GIVEN, "--batch", "1")
     plan = plan_from_json(values)
     assert plan.num_experts == 1536
     assert values["experts"]["pinned"] == {"decoder": 768, "encoder": len(plan.pinned) - 768}
@@ -148,3 +148,12 @@ def test_what_cannot_be_planned_gives_one_line(capsys, arguments, message):
 @pytest.mark.parametrize("option", [["--batch", "0"], ["--dtype", "int3"]])
 def test_wrong_usage(capsys, option):
     assert run(capsys, "cpm2-11b", *option)[0] == 2
+
+
+def test_without_a_batch_the_plan_is_the_server_s(capsys):
+    """All rows where everything fits beside them, fewer where they would cost slots."""
+    small = values_of(capsys, "cpm2-moe-198b", "--dtype", "int4", "--memory", "2TiB", *GIVEN)
+    assert (small["resident"], small["rows"]) == (True, 32)
+    big = values_of(capsys, *BIG, *GIVEN)
+    assert not big["resident"]
+    assert big["rows"] == 2  # of 2,048 + 2,050 tokens each

@@ -29,6 +29,7 @@ from engine.planning import (
     GPU_CONTEXT_BYTES,
     Budgets,
     Storage,
+    choose_rows,
     fixed_lines,
     plan_from_json,
     plan_memory,
@@ -449,3 +450,36 @@ def test_adapters_are_a_part_of_the_plan():
     assert plans[1].total("host") == plans[0].total("host") + 12 * MIB
     with pytest.raises(ConfigError, match="adapter_bytes is -1; it must be at least 0"):
         replace(SHORT, adapter_bytes=-1)
+
+
+# --- rows ---
+
+
+def chosen_rows(stored, host, most=32, workload=SHORT):
+    def plan_rows(rows):
+        return plan(stored, host, workload=replace(workload, rows=rows))
+
+    return choose_rows(plan_rows, most)
+
+
+def test_a_dense_model_takes_all_rows_that_fit():
+    stored = storage(DENSE)
+    least = fixed(stored, workload=replace(SHORT, rows=8))
+    assert chosen_rows(stored, 100 * GIB).workload.rows == 32
+    assert chosen_rows(stored, 100 * GIB, most=33).workload.rows == 33
+    assert chosen_rows(stored, least).workload.rows == 8
+    assert chosen_rows(stored, least - 1).workload.rows == 4
+    with pytest.raises(ConfigError, match="too small"):
+        chosen_rows(stored, 1000)
+
+
+def test_rows_cost_a_model_that_is_offloaded_only_a_share():
+    stored = storage(MOE)
+    long = Workload(source_tokens=400, target_tokens=400)
+    whole = fixed(stored, workload=replace(long, rows=32)) + stored.num_experts * stored.slot_bytes
+    assert chosen_rows(stored, whole, workload=long).workload.rows == 32
+    fewer = chosen_rows(stored, whole - 1, workload=long)
+    parts = fewer.parts()
+    share = (parts["decoder caches"] + parts["workspace"]) / (whole - 1)
+    assert fewer.workload.rows < 32
+    assert fewer.is_resident or share <= 1 / 8
