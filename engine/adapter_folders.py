@@ -41,7 +41,10 @@ def list_names(root: Path) -> dict[str, int]:
 
 
 def read_change(root: Path, name: str) -> int | None:
-    """The time of the last change in the folder of a name; None if there is none."""
+    """The time of the last change in the folder of a name; None if there is none.
+
+    Raises OSError if that cannot be told.
+    """
     if not is_name(name):
         return None
     path = root / name
@@ -49,7 +52,7 @@ def read_change(root: Path, name: str) -> int | None:
         if not path.is_dir() or not is_inside(root, path):
             return None
         return path.stat().st_mtime_ns
-    except OSError:
+    except FileNotFoundError:  # gone meanwhile
         return None
 
 

@@ -81,14 +81,19 @@ class AdapterReader:
 
     def refresh(self, entry: Entry) -> None:
         """Bring the versions of a name up to date."""
-        changed_ns = read_change(self.root, entry.name)
+        try:
+            changed_ns = read_change(self.root, entry.name)
+        except OSError:  # a network volume that may come back: what is known stays
+            return
         is_recent = changed_ns is not None and abs(time.time_ns() - changed_ns) < COARSE_NS
         if changed_ns is not None and changed_ns == entry.changed_ns and not is_recent:
             return
         try:
             folders = {} if changed_ns is None else list_versions(self.root, entry.name)
-        except OSError:  # gone meanwhile
+        except FileNotFoundError:  # gone meanwhile
             folders = {}
+        except OSError:
+            return
         known = entry.versions
         kept = {
             key: known.get(key) or Version(key, path, key or None) for key, path in folders.items()
@@ -176,7 +181,8 @@ class AdapterReader:
             return self._take_in(entry, version, files)
         except CheckpointError as error:
             if version.reason != str(error):
-                logger.warning("adapter %s cannot be served: %s", entry.name, error)
+                # as a text: the error holds all that its frames do, and records may be kept
+                logger.warning("adapter %s cannot be served: %s", entry.name, str(error))
             self.failures += 1
             version.reason, version.bad = str(error), (files, time.monotonic())
             raise

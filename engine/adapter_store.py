@@ -5,6 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from engine.adapter_folders import POINTER, list_names, read_change
@@ -80,7 +81,7 @@ class AdapterStore:
             try:
                 self.reader.find_current(entry, waits=False)
             except (CheckpointError, Overloaded, RequestError, EngineStopped) as error:
-                logger.debug("adapter %s: %s", entry.name, error)
+                logger.debug("adapter %s: %s", entry.name, str(error))
 
     def watch(self, poll_s: float) -> None:
         """Look again and again, in a thread that ends with the process or with the store."""
@@ -225,9 +226,10 @@ class AdapterStore:
         """The entry of a name, also of one that came after the last look."""
         with self._lock:
             entry = self._entries.get(name)
-        if entry is None and read_change(self.root, name) is not None:
-            with self._lock:
-                entry = self._entries.setdefault(name, Entry(name))
+        with suppress(OSError):  # then it is as unknown as before
+            if entry is None and read_change(self.root, name) is not None:
+                with self._lock:
+                    entry = self._entries.setdefault(name, Entry(name))
         if entry is None:
             raise RequestError(f"adapter {name[:100]!r} is not known", "adapter")
         return entry

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from engine.errors import RequestError
-from engine.tokenizer import Tokenizer, decode_ids
+from engine.request import MAX_BAD_WORD_TOKENS
+from engine.tokenizer import Tokenizer
 
 # What may stand before a word: nothing, a space, a letter, a digit, a bracket, a Chinese word.
 CONTEXTS = ("", " ", "a", "1", "(", "\u4e2d")
@@ -38,7 +39,7 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int,
 
     A vocabulary may spell a word in many more ways than its tokenizer ever would; a model that is
     bent on it can still find one of those. Spaces around a word do not count.
-    Raises RequestError if a word is empty, or half a character.
+    Raises RequestError if a word is empty, too long, or half a character.
     """
     found: dict[tuple[int, ...], None] = {}
     for word in words:
@@ -53,13 +54,31 @@ def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int,
 
 
 def _spellings(word: str, tokenizer: Tokenizer) -> Iterator[tuple[int, ...]]:
-    plain = tokenizer.decode(tokenizer.encode(word)).strip()  # tokenizers may change letters
+    written = tokenizer.encode(word)
+    if len(written) > MAX_BAD_WORD_TOKENS:  # what follows takes the square of it
+        raise ValueError(f"it has {len(written)} tokens; the limit is {MAX_BAD_WORD_TOKENS}")
+    plain = tokenizer.decode(written).strip()  # tokenizers may change letters
     for context in CONTEXTS:
         ids = tokenizer.encode(context + word)
         if not tokenizer.control_ids.isdisjoint(ids):  # the unknown: it cannot be written at all
             continue
+        parts = _spell_all(ids, tokenizer)
+        text = _read(parts)
         for begin in range(len(ids) - 1, -1, -1):
-            before, text = decode_ids(tokenizer, ids[:begin]), decode_ids(tokenizer, ids)
+            before = _read(parts[:begin])
             if text == before + plain or text == f"{before} {plain}":
                 yield tuple(ids[begin:])
                 break
+
+
+def _spell_all(ids: Sequence[int], tokenizer: Tokenizer) -> list[bytes]:
+    """What each id adds to the text."""
+    parts, state = [], 0
+    for token_id in ids:
+        spelled, state = tokenizer.spell(token_id, state)
+        parts.append(spelled)
+    return parts
+
+
+def _read(parts: Sequence[bytes]) -> str:
+    return b"".join(parts).decode("utf-8", "replace")

@@ -171,11 +171,16 @@ class Batch:
         self._let_go(outcomes)
         return outcomes
 
-    def step(self) -> list[tuple[Row, list[Event]]]:
-        """Make one token for each row. Returns what each may tell; those that ended have left."""
-        if not self.rows:
-            return []
-        outcomes = self._advance(0, [[row.token_id] for row in self.rows])
+    def step(self, at_once: int | None = None) -> list[tuple[Row, list[Event]]]:
+        """Make one token for each row. Returns what each may tell; those that ended have left.
+
+        All rows together, or `at_once` where there is no memory for more.
+        """
+        size = at_once or max(len(self.rows), 1)
+        outcomes: list[tuple[Row, list[Event]]] = []
+        for begin in range(0, len(self.rows), size):
+            some = self.rows[begin : begin + size]
+            outcomes += self._advance(begin, [[row.token_id] for row in some])
         self._let_go(outcomes)
         return outcomes
 

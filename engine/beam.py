@@ -89,7 +89,7 @@ def search(
     """
     request = row.request
     cache = _start(model, row, encoded_1SD, params.num_beams)
-    finished = _Finished(params)
+    finished, closing = _Finished(params), row.closing
     beams: list[tuple[int, ...]] = [()] * params.num_beams
     logprobs_W = torch.full((params.num_beams,), -1e9)
     logprobs_W[0] = 0.0  # all beams are alike at first: only one may go on
@@ -97,11 +97,11 @@ def search(
     for length in range(1, request.params.max_tokens + 1):
         row.num_tokens = length - 1  # of each beam; before min_tokens none may end
         steps_WV = _next_logprobs(model, cache, tokens, row)
-        picked = _pick(logprobs_W, steps_WV, (1 + max(1, len(row.closing))) * params.num_beams)
+        picked = _pick(logprobs_W, steps_WV, (1 + max(1, len(closing))) * params.num_beams)
         is_last = length == request.params.max_tokens
         still_open: list[tuple[float, int, int]] = []
         for rank, (logprob, beam, token_id) in enumerate(picked):
-            if token_id in row.closing or is_last:
+            if token_id in closing or is_last:
                 if rank < params.num_beams:
                     finished.add((*beams[beam], token_id), logprob)
             elif len(still_open) < params.num_beams:

@@ -2,10 +2,10 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from time import perf_counter
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request
 from engine.room import Room
 from engine.scheduler import Demand, Limits, Scheduler
-from engine.sources import Source, encode_layers
+from engine.sources import encode_layers
 from engine.stats import CacheStats, WorkStats
+from engine.sweep import Accounts, J, Member, Sweep
 from engine.tasks import Course, Courses, start_task
 from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
@@ -28,48 +29,6 @@ from offload.pipeline import PipelineStats
 logger = logging.getLogger(__name__)
 
 GOOD_TURNS = 100  # without an error, for one more row after memory ran out
-
-
-class Job(Protocol):
-    """A request in the engine. `submitted` is the time of its arrival, of `perf_counter`."""
-
-    @property
-    def request(self) -> Request: ...
-    @property
-    def submitted(self) -> float: ...
-
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
-        ...
-
-
-J = TypeVar("J", bound=Job)
-Member = Row | Course
-
-
-class Accounts(NamedTuple):
-    """What a request has cost before it joined. Times in seconds."""
-
-    queued_s: float
-    encode_s: float
-    moved_before: PipelineStats | None
-    cached_tokens: int = 0
-
-    def write(self, member: Member) -> None:
-        """Let a row or a task tell it at its end."""
-        member.queued_s, member.encode_s = self.queued_s, self.encode_s
-        member.moved_before, member.cached_tokens = self.moved_before, self.cached_tokens
-
-
-@dataclass(slots=True)
-class Sweep(Generic[J]):
-    """Texts on their way through the encoder, each text once, however many jobs read it."""
-
-    jobs: list[J]
-    texts: list[Source]
-    layers: Generator[None, None, Tensor]
-    moved_before: PipelineStats | None
-    began: float = field(default_factory=perf_counter)
 
 
 class Engine(Generic[J]):
@@ -154,7 +113,7 @@ class Engine(Generic[J]):
         told += self._encode_layer()
         self.noted = perf_counter()
         self.work = self.work.with_step(len(self._batch))
-        told += self._tell(self._batch.step())
+        told += self._tell(self._batch.step(self.scheduler.max_rows))
         self.noted = perf_counter()
         told += self._tell(self._courses.step())
         self._adapt_rows()
@@ -243,18 +202,32 @@ class Engine(Generic[J]):
         return self._join_from_cache([job for job in jobs if known.knows(job.request)])
 
     def _join_from_cache(self, jobs: list[J]) -> list[tuple[J, Event]]:
+        if not jobs:
+            return []
         now, moved = perf_counter(), self._moved()
-        members, outputs = [], []
+        members = []
+        try:
+            encoded_BSD = self._find_known(jobs)
+        except ROW_ERRORS as error:  # each goes alone then
+            self._note_error(error)
+            if len(jobs) > 1:
+                self._retries += jobs
+                return []
+            logger.exception("%s failed at its start", jobs[0].request.request_id)
+            return [(jobs[0], _failed(error))]
+        for job in jobs:
+            accounts = Accounts(now - job.submitted, 0.0, moved, len(job.request.encoder_ids))
+            members.append((job, accounts))
+        return self._join(members, encoded_BSD, list(range(len(members))))
+
+    def _find_known(self, jobs: list[J]) -> Tensor:
+        """What was kept for jobs, with padding."""
+        outputs = []
         for job in jobs:
             encoded_SD = self._room.known.find(job.request)
             assert encoded_SD is not None
-            accounts = Accounts(now - job.submitted, 0.0, moved, len(job.request.encoder_ids))
-            members.append((job, accounts))
             outputs.append(encoded_SD)
-        if not members:
-            return []
-        encoded_BSD = pad_sequence(outputs, batch_first=True)
-        return self._join(members, encoded_BSD, list(range(len(members))))
+        return pad_sequence(outputs, batch_first=True)
 
     def _begin_sweep(self) -> list[tuple[J, Event]]:
         """Begin with the next texts, if none are being read; some may turn out to be known."""
@@ -284,8 +257,7 @@ class Engine(Generic[J]):
         try:
             next(sweep.layers)
         except StopIteration as end:
-            self._sweep = None
-            return self._end_sweep(sweep, end.value)
+            encoded_BSD: Tensor = end.value
         except ROW_ERRORS as error:
             self._note_error(error)
             self._sweep = None
@@ -295,7 +267,11 @@ class Engine(Generic[J]):
             logger.exception("%s failed in the encoder", sweep.jobs[0].request.request_id)
             text = f"the engine could not read the prompt: {type(error).__name__}"
             return [(sweep.jobs[0], Failed(text))]
-        return []
+        else:
+            return []
+        # Not in `except`: a failure from here on would be logged with all that the encoder made.
+        self._sweep = None
+        return self._end_sweep(sweep, encoded_BSD)
 
     def _end_sweep(self, sweep: Sweep[J], encoded_BSD: Tensor) -> list[tuple[J, Event]]:
         encode_s = perf_counter() - sweep.began
@@ -305,8 +281,15 @@ class Engine(Generic[J]):
             members.append((job, Accounts(queued_s, encode_s, sweep.moved_before)))
             which.append(sweep.texts.index(job.request.source))
             source = job.request.source.num_positions
-            self._room.keep(job.request, encoded_BSD[which[-1], :source])
+            self._keep(job.request, encoded_BSD[which[-1], :source])
         return self._join(members, encoded_BSD, which)
+
+    def _keep(self, request: Request, encoded_SD: Tensor) -> None:
+        """Keep an output for others; without memory for a copy this one still has it."""
+        try:
+            self._room.keep(request, encoded_SD)
+        except ROW_ERRORS as error:
+            self._note_error(error)
 
     def _join(
         self, members: list[tuple[J, Accounts]], encoded_BSD: Tensor, which: list[int]

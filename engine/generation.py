@@ -111,7 +111,7 @@ class Generation:
             logits_V[self._bad_words.ending_after(self.history)] = -torch.inf
         if self.request.num_blanks:
             self._keep_order(logits_V)
-        elif not self.has_fixed_bans and bool(logits_V.isneginf().all()):
+        elif not self.has_fixed_bans and bool(logits_V.max() == -torch.inf):
             raise EngineError(
                 "no token may come next: the grammar, bad_words, allowed_token_ids and min_tokens "
                 "of the request together leave none"

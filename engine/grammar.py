@@ -203,8 +203,12 @@ def _to_lark(kind: Kind, text: str) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=64)
 def _try_in_child(grammar: str, limits: GrammarLimits) -> None:
-    """Compile it where it can be ended. Raises ValueError if that fails or costs too much."""
+    """Compile it where it can be ended. Raises ValueError if that fails or costs too much.
+
+    What is good is so for every vocabulary, and need not be tried again for another.
+    """
     bounds = [str(limits.cpu_s), str(limits.memory_bytes)]
     command = [sys.executable, "-I", str(PROBE), *bounds]
     try:

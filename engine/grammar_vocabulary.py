@@ -70,8 +70,8 @@ class GrammarVocabulary:
     def spread(self, bitmask_U: bytes, state: int) -> NDArray[np.bool_]:
         """Which tokens (V,) have one of the spellings that a bit mask allows."""
         allowed_U = np.unpackbits(np.frombuffer(bitmask_U, np.uint8), bitorder="little")
-        spelling_V = self._spelling_V[state]
-        return (allowed_U[spelling_V] > 0) & (spelling_V >= 0)
+        allowed_U[-1] = 0  # the end, or nothing: no spelling, so what has none, -1, looks there
+        return allowed_U[self._spelling_V[state]].view(np.bool_)
 
 
 @functools.lru_cache(maxsize=4)

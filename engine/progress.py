@@ -21,7 +21,7 @@ class LoadProgress:
         self.total_bytes = 0
         self._clock = clock
         self._begin_s: float | None = None
-        self._last_s = 0.0
+        self._last_s = clock()
 
     def begin(self, total_bytes: int) -> None:
         """Reading begins; that much is to come."""
@@ -40,6 +40,10 @@ class LoadProgress:
     def elapsed_s(self) -> float:
         """Time since reading began; 0 before."""
         return 0.0 if self._begin_s is None else self._clock() - self._begin_s
+
+    def idle_s(self) -> float:
+        """Time since the last byte came, or since anything began."""
+        return self._clock() - self._last_s
 
     def eta_s(self) -> float | None:
         """Time that the rest takes at the rate so far; None before anything has been read."""

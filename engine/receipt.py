@@ -6,19 +6,30 @@ from dataclasses import asdict, fields
 from engine.adapters import Adapter
 from engine.checkpoint_tensors import raw_bytes
 from engine.grammar import Grammar
-from engine.request import Finished, Request, SamplingParams
+from engine.request import BeamParams, Finished, Request, SamplingParams
 
 FILTERS = frozenset(("top_k", "top_p", "min_p", "typical_p"))  # a greedy choice has no use for them
+# What a search goes by; it draws nothing, and neither penalties nor biases take part.
+SEARCHED = frozenset(("max_tokens", "min_tokens", "ignore_eos", "allowed_token_ids")) | frozenset(
+    ("stop", "stop_token_ids", "include_stop")
+)
 
 
 def make_receipt(
     request: Request, finished: Finished, *, model_fingerprint: str, is_batch_invariant: bool
 ) -> dict[str, object]:
-    """A receipt, ready for JSON; `model_fingerprint` is that of `engine.adapters`."""
+    """A receipt, ready for JSON; `model_fingerprint` is that of `engine.adapters`.
+
+    A task has no seed, and of the parameters of sampling a search alone has some.
+    """
     adapter, task = request.adapter, request.task
+    parameters = effective_parameters(request.params)
+    if task is not None:
+        used = SEARCHED if isinstance(task, BeamParams) else frozenset[str]()
+        parameters = {name: value for name, value in parameters.items() if name in used}
     return {
-        "seed": finished.seed,
-        "parameters": effective_parameters(request.params),
+        "seed": finished.seed if task is None else None,
+        "parameters": parameters,
         "num_blanks": request.num_blanks,
         "task": None if task is None else {"name": type(task).__name__, **asdict(task)},
         "adapter": None if adapter is None else adapter.reference,

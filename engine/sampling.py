@@ -35,7 +35,31 @@ def choose_token(
     if params.temperature == 0:
         return int(best.indices)
     probs_V = filter_scores(scores_V.float(), params).softmax(-1)
-    return int(torch.multinomial(probs_V, 1, generator=generator))
+    return draw(probs_V, generator)
+
+
+def draw(probs_V: Tensor, generator: torch.Generator) -> int:
+    """An id, each as often as its probability (V,) says; never one of probability 0.
+
+    One number is drawn, and looked up in the sums. `torch.multinomial` draws one for each id: of
+    250,112 that takes 5 ms, this 0.6.
+    """
+    place = torch.rand(1, dtype=torch.float64, device=probs_V.device, generator=generator)
+    return find_place(probs_V, place)
+
+
+def find_place(probs_V: Tensor, place: Tensor) -> int:
+    """The id at a place (1,) of 0 to 1, where ids take up as much as they are likely (V,).
+
+    Raises EngineError if they are not finite.
+    """
+    sums_V = probs_V.cumsum(-1, dtype=torch.float64)
+    total = sums_V[-1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # a product may be rounded up to it
+    found = int(torch.searchsorted(sums_V, torch.minimum(place * total, below), right=True))
+    if found == len(sums_V):  # beyond all: so it is with NaN
+        raise EngineError("scores over the temperature are not finite")
+    return found
 
 
 class GreedyChoice:
@@ -109,10 +133,17 @@ def keep_top_p(scores_V: Tensor, top_p: float) -> Tensor:
 
     Source: nucleus sampling (arXiv:1904.09751).
     """
-    sorted_V, ids_V = scores_V.softmax(-1).sort(descending=True, stable=True)
-    before_V = sorted_V.cumsum(-1) - sorted_V
-    is_out_V = (before_V >= top_p) & (before_V > 0)  # a top_p below 1e-45 is 0 in fp32
-    return scores_V.index_fill(-1, ids_V[is_out_V], -torch.inf)
+    probs_V = scores_V.softmax(-1)
+    # those below it are not needed: all together they have less than the rest, 1 - top_p
+    needless = min((1 - top_p) / len(probs_V), float(probs_V.max()) / 2)
+    likely = probs_V[probs_V > needless].sort(descending=True).values
+    # a top_p below 1e-45 is 0 in fp32
+    num_kept = max(int((likely.cumsum(-1) - likely < top_p).sum()), 1)
+    least = likely[num_kept - 1]
+    is_out_V = probs_V < least
+    num_ties = num_kept - int((likely > least).sum())
+    ties = (probs_V == least).nonzero().squeeze(-1)  # the lowest ids are kept
+    return scores_V.masked_fill(is_out_V, -torch.inf).index_fill(-1, ties[num_ties:], -torch.inf)
 
 
 def keep_min_p(scores_V: Tensor, min_p: float) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import EngineError, RequestError
+from engine.failures import is_out_of_memory
 from engine.model.transformer import Transformer
 from engine.prompt import decoder_prefix
 from engine.request import Continuations, Request, Score, TokenLogprob
@@ -83,9 +84,22 @@ def score_encoded(
     for group in _groups(rows, max_tokens):
         if scores:
             yield
-        found = _score_rows(model, group, encoded_1SD, real_1S, [0] * len(group))
+        found = _score_group(model, group, encoded_1SD, real_1S)
         scores |= dict(zip((row.choice for row in group), found, strict=True))
     return tuple(scores[choice] for choice in range(len(asked.choices)))
+
+
+def _score_group(
+    model: Transformer, rows: Sequence[_Row], encoded_1SD: Tensor, real_1S: Tensor
+) -> list[Score]:
+    """Score rows of one text: in one pass, or one by one where there is no memory for that."""
+    try:
+        return list(_score_rows(model, rows, encoded_1SD, real_1S, [0] * len(rows)))
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    # not in `except`: the error keeps alive what was half made
+    return [found for row in rows for found in _score_group(model, [row], encoded_1SD, real_1S)]
 
 
 @torch.inference_mode()

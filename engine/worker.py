@@ -255,23 +255,29 @@ class Worker:
 
     def _run(self) -> None:
         """The engine thread. Whatever ends it, no request is left without an end."""
+        text = "the engine thread broke"  # unless it comes to its end; a library may raise anything
         try:
             self._start_model()
             if self._loaded is not None:
                 with closing(self._loaded):
                     if self._engine is not None:  # else it was drained while it loaded
                         self._serve(self._engine)
+            text = ""
         except Exception as error:  # our own mistake, or the device; the last chance to say so
-            text = str(error) if isinstance(error, DeviceLost) else "the engine thread broke"
+            text = str(error) if isinstance(error, DeviceLost) else text
             logger.exception("%s", text)
-            with self._changed:
-                self.failure = text
-                self.state = self.phase = "failed"
+        finally:
+            self._end(text)
+
+    def _end(self, failure: str) -> None:
+        """End all requests with the thread, which has failed if there is a text that says so."""
         self._is_in_turn = False
         with self._changed:
             left = self._take_unfinished()
-            if self.state != "failed":
-                self.state = self.phase = "stopped"
+            if failure:
+                self.failure = failure
+            if failure or self.state != "failed":
+                self.state = self.phase = "failed" if failure else "stopped"
         _fail(left, Failed("the engine ended before the request was finished"))
         self._ended.set()
 

@@ -1,5 +1,6 @@
 """A directory of adapters: what is loaded, what never is, what is current, and when it changes."""
 
+import errno
 import json
 import os
 import shutil
@@ -194,6 +195,22 @@ def test_a_look_at_a_directory_that_is_gone_raises(tmp_path):
     tmp_path.rmdir()
     with pytest.raises(OSError, match="No such file"):
         store.look()
+
+
+def test_a_folder_that_cannot_be_read_for_a_while_stays_as_it_is(tmp_path, monkeypatch):
+    put(tmp_path, "task", "1")
+    store = open_store(tmp_path)
+    store.resolve("task")
+
+    def fail(path, real=os.scandir):
+        if Path(path).name == "task":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    store.look()
+    assert store.find_resident("task").version == "1"
+    assert states(store, "task") == {"1": "resident"}
 
 
 def test_watching_finds_new_versions_and_ends_with_the_store(tmp_path):

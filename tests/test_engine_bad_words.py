@@ -148,7 +148,10 @@ def test_a_word_that_cannot_be_written_need_not_be_banned():
     assert bad_word_ids(["上海"], chinese) == ()
 
 
-@pytest.mark.parametrize(("word", "message"), [(" ", "an empty word"), ("\ud800", "tokenized")])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [(" ", "an empty word"), ("\ud800", "tokenized"), ("a" * 65, "65 tokens; the limit is 64")],
+)
 def test_words_that_are_none_are_refused(word, message):
     with pytest.raises(RequestError, match=message) as caught:
         bad_word_ids([word], TOKENIZER)

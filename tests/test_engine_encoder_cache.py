@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.adapters import Adapter, Slots
 from engine.encoder_cache import EncoderCache
 from engine.engine import Engine
-from engine.request import Finished, Pooling
+from engine.request import Failed, Finished, Pooling
 from engine.scheduler import Limits
 from tests.engine_jobs import TOKENIZER, Job, alone, make_request, pieces, run, without_times
 from tests.tiny import DENSE, MOE, tiny_model
@@ -231,3 +231,40 @@ def test_it_takes_its_bytes_from_those_of_the_caches_and_gives_them_to_one_long_
         taken.append(engine._batch.nbytes + engine.known.nbytes)
     assert engine.known.nbytes < kept
     assert max(taken) <= limit
+
+
+class Full:
+    """In place of the memory that a copy takes: there is none, so many times."""
+
+    def __init__(self, call, times):
+        self.call, self.times = call, times
+
+    def __call__(self, *args, **more):
+        self.times -= 1
+        if self.times >= 0:
+            raise MemoryError
+        return self.call(*args, **more)
+
+
+def test_without_memory_for_a_copy_the_text_is_answered_and_not_kept():
+    engine = Engine(MODELS[DENSE], TOKENIZER, KEEPING)
+    engine._room.known.keep = Full(engine._room.known.keep, 1)
+    jobs = [Job(salted()) for _ in range(3)]
+    events = run(engine, {0: jobs[:1], 20: jobs[1:2], 40: jobs[2:]})
+    assert [events[job][-1].cached_tokens for job in jobs] == [0, 0, 5]
+    assert all(pieces(events[job]) == pieces(events[jobs[0]]) for job in jobs)
+    assert engine.scheduler.max_rows == KEEPING.max_rows // 2
+
+
+@pytest.mark.parametrize(("times", "num_failed"), [(1, 0), (2, 1), (3, 2)])
+def test_without_memory_for_kept_texts_each_goes_alone(times, num_failed):
+    engine = Engine(MODELS[DENSE], TOKENIZER, KEEPING)
+    first, *others = [Job(salted()) for _ in range(3)]
+    events = run(engine, {0: [first]})
+    engine._find_known = Full(engine._find_known, times)
+    events = run(engine, {0: others})
+    ends = [events[job][-1] for job in others]
+    assert sum(isinstance(end, Finished) for end in ends) == 2 - num_failed
+    failed = Failed("the engine could not go on: MemoryError")
+    assert sum(end == failed for end in ends) == num_failed
+    assert engine.running == 0

@@ -347,6 +347,9 @@ class Spoiling:
 
 
 def test_scores_that_overflow_in_the_sampler_fail_their_row_only():
+    text = "the engine could not go on: scores over the temperature are not finite"
+    failed = Failed(text)
+
     def spoil(scores):
         scores[0] *= 1e33
         return scores
@@ -356,9 +359,9 @@ def test_scores_that_overflow_in_the_sampler_fail_their_row_only():
         for t in ("one", "two")
     ]
     events = run(Engine(Spoiling(MODELS[MOE], logits=spoil), TOKENIZER, Limits()), {0: jobs})
-    assert events[jobs[0]] == [Failed("the engine could not go on: RuntimeError")]
+    assert events[jobs[0]] == [failed]
     # the other has its place then, and is spoiled in turn
-    assert events[jobs[1]][-1] == Failed("the engine could not go on: RuntimeError")
+    assert events[jobs[1]][-1] == failed
     assert len(events[jobs[1]]) > 1
 
 
@@ -475,6 +478,32 @@ def test_a_deadline_that_passes_after_the_first_token_ends_the_text_as_it_is():
 # --- who is whose
 
 
+def test_a_flood_of_long_texts_keeps_a_short_one_waiting_for_a_row_to_end_and_no_longer():
+    engine = Engine(MODELS[DENSE], TOKENIZER, Limits(max_rows=2, window_s=0.0))
+    flood = [
+        Job(replace(make_request("a" * 60, DENSE, max_tokens=20, ignore_eos=True), key="flood"))
+        for _ in range(30)
+    ]
+    for job in flood[:15]:
+        engine.add(job)
+    ended, waited, short = [], None, None
+    for turn in range(90):
+        if turn == 5:
+            short = Job(replace(make_request("b", DENSE, max_tokens=2), key="somebody"))
+            engine.add(short)
+        if turn % 4 == 0 and turn // 4 < 15:  # it never stops to ask for more
+            engine.add(flood[15 + turn // 4])
+        for job, event in engine.turn():
+            if job is short and waited is None:
+                waited = turn
+            if isinstance(event, Finished):
+                ended.append(job)
+        if short in ended:
+            break
+    assert ended.index(short) <= 3  # the two that ran, and one that had waited as long
+    assert waited <= 5 + 2 * 20 + 4
+
+
 def test_keys_and_priorities_decide_who_goes_first():
     engine = Engine(MODELS[DENSE], TOKENIZER, Limits(max_rows=1, window_s=0.0))
     requests = [
@@ -533,6 +562,34 @@ def test_after_want_of_memory_fewer_rows_decode_together_and_slowly_more_again()
     for _ in range(GOOD_TURNS * 9):
         engine.turn()
     assert engine.scheduler.max_rows == 8
+
+
+def test_rows_that_fit_by_halves_go_on_by_halves_and_nothing_is_halved_again():
+    model = tiny_model(DENSE, seed=5).double()
+    step, most = model.step, [99]
+
+    def hungry(tokens, cache):
+        if len(tokens) > most[0]:
+            raise MemoryError
+        return step(tokens, cache)
+
+    model.step = hungry
+    engine = Engine(model, TOKENIZER, Limits(max_rows=8, window_s=0.0))
+    texts = ["abc" * i for i in range(1, 9)]
+    jobs = [Job(make_request(text, DENSE, max_tokens=30, ignore_eos=True)) for text in texts]
+    events = {job: [] for job in jobs}
+    for job in jobs:
+        engine.add(job)
+    turns = 0
+    while engine.running or len(engine.scheduler):
+        for job, event in engine.turn():
+            events[job].append(event)
+        turns += 1
+        if turns == 9:  # all decode
+            most[0] = 4
+    assert engine.scheduler.max_rows == 4
+    for job in jobs:
+        assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
 
 
 @pytest.mark.parametrize("place", ["encoder-1", "decoder-1"])

@@ -4,7 +4,9 @@ import functools
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -98,10 +100,31 @@ def ask(kind, grammar, decoder_prompt=None, **params):
     )
 
 
+class Dice:
+    """In place of a model: scores that depend on nothing, the same in each run."""
+
+    def __init__(self, config):
+        self.config = config
+        self.embedding = SimpleNamespace(weight=torch.zeros(1, 1))
+        self._generator = torch.Generator().manual_seed(0)
+
+    def encode(self, tokens_BS, *_):
+        return torch.zeros(*tokens_BS.shape, 1)
+
+    def start_cache(self, *_):
+        return None
+
+    def step(self, tokens_BT, _):
+        return torch.zeros(*tokens_BT.shape, 1)
+
+    def logits(self, _):
+        return torch.randn(self.config.vocab_size, generator=self._generator)
+
+
 def write(kind, grammar, **params):
-    """What a random model writes: text, how it ended, number of tokens."""
+    """What is written at random: text, how it ended, number of tokens."""
     asked = ask(kind, grammar, **params)
-    *pieces, finished = generate(model_of(kind), tokenizer_of(kind), asked)
+    *pieces, finished = generate(Dice(model_of(kind).config), tokenizer_of(kind), asked)
     assert isinstance(finished, Finished)
     return "".join(piece.text for piece in pieces), finished
 
@@ -473,6 +496,47 @@ def test_together_equals_alone(kind):
     for request, events in zip(requests, run(model, tokenizer, requests), strict=True):
         expected = list(generate(model, tokenizer, request))
         assert without_times(events) == without_times(expected)
+
+
+def test_nothing_is_taken_twice_when_rows_are_tried_again_alone():
+    tokenizer = tokenizer_of("bytes")
+    grammar = compile_grammar("regex", "([ab]{3}c){2,9}", tokenizer)
+    shared = {"grammar": grammar, "max_tokens": 30, "min_tokens": 10, "logprobs": 2}
+    drawn = {"temperature": 1.5, "repetition_penalty": 1.3, "frequency_penalty": 0.5}
+    kinds = [shared, shared | drawn, drawn | {"max_tokens": 20}, {"max_tokens": 20}]
+    bad = (tuple(tokenizer.encode("ab")),)
+    requests = [
+        ask("bytes", **({"grammar": None} | params | {"seed": i, "bad_words": bad}))
+        for i, params in enumerate(kinds)
+    ]
+    model = tiny_model(model_of("bytes").config, seed=5).double()
+    step, calls = model.step, []
+
+    def stumbling(tokens_BT, cache):
+        made = step(tokens_BT, cache)  # what it wrote stays behind
+        calls.append(len(tokens_BT))
+        if len(tokens_BT) > 1 and len(calls) % 3:
+            raise RuntimeError("for now")
+        return made
+
+    model.step = stumbling
+    together = run(model, tokenizer, requests)
+    assert min(calls.count(1), len(calls) - calls.count(1)) > 5
+    for request, events in zip(requests, together, strict=True):
+        expected = list(generate(model_of("bytes"), tokenizer, request))
+        assert [piece.token_ids for piece in events[:-1]] == [p.token_ids for p in expected[:-1]]
+        assert without_times(events)[1] == without_times(expected)[1]
+
+
+def test_one_grammar_serves_many_threads():
+    grammar = compile_grammar("json_schema", SCHEMA, tokenizer_of("bytes"))
+
+    def write_it(seed):
+        return write("bytes", grammar, temperature=1.0, seed=seed)[0]
+
+    expected = [write_it(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(write_it, range(6))) == expected
 
 
 def test_what_cannot_be_satisfied_fails_its_request_only():

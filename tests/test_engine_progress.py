@@ -93,8 +93,9 @@ def test_the_rate_so_far_tells_the_rest():
     now_s = 12.0
     progress.add(250)
     assert (progress.elapsed_s(), progress.eta_s()) == (2, 6)
+    assert progress.idle_s() == 0
     now_s = 13.0  # a slow read: the estimate stays until the next one has come
-    assert progress.eta_s() == 6
+    assert (progress.eta_s(), progress.idle_s()) == (6, 1)
     progress.add(10_000)
     assert (progress.read_bytes, progress.eta_s()) == (1000, 0)
     ignore_bytes(1)

@@ -9,7 +9,7 @@ from engine.generation import generate
 from engine.grammar import compile_grammar
 from engine.prompt import build_request
 from engine.receipt import adapter_checksum, effective_parameters, make_receipt
-from engine.request import BeamParams, Finished, SamplingParams
+from engine.request import BeamParams, Continuations, Finished, Pooling, SamplingParams
 from tests.tiny import MOE, byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()
@@ -96,3 +96,19 @@ def test_a_task_is_told_with_its_parameters():
         "length_penalty": 1.0,
         "stops_early": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        (BeamParams(), {"max_tokens": 64, "stop": ["x"]}),
+        (Pooling(), {}),
+        (Continuations(choices=((1,),)), {}),
+    ],
+)
+def test_a_task_tells_no_seed_and_only_the_parameters_that_it_goes_by(task, parameters):
+    params = SamplingParams(seed=3, temperature=0.5, top_p=0.5, repetition_penalty=2, stop=("x",))
+    asked = replace(build_request("a", TOKENIZER, MOE, params, "r"), task=task)
+    finished = Finished("stop", None, 1, 1, 3, 0.0, 0.0, 0.0)
+    receipt = make_receipt(asked, finished, model_fingerprint="f", is_batch_invariant=False)
+    assert (receipt["seed"], receipt["parameters"]) == (None, parameters)

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
+from engine import sampling
 from engine.errors import EngineError
 from engine.generation import Generation
 from engine.prompt import build_request
 from engine.request import SamplingParams
-from engine.sampling import choose_token, filter_scores, penalize, tell_logprob
+from engine.sampling import choose_token, filter_scores, keep_top_p, penalize, tell_logprob
 from tests.tiny import DENSE, byte_tokenizer
 
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -56,6 +57,46 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert tiny.tolist() == [1, 0, 0, 0]
     least = draw(SamplingParams(temperature=1.0, top_p=1e-320), PROBS.log(), times=50)
     assert least.tolist() == [1, 0, 0, 0]
+
+
+@given(
+    scale=st.sampled_from([0.0, 0.1, 2.0, 6.0]),
+    top_p=st.floats(1e-6, 1, exclude_max=True),
+    steps=st.sampled_from([None, 1, 4]),
+    seed=st.integers(0, 999),
+)
+def test_top_p_keeps_what_sorting_all_keeps(scale, top_p, steps, seed):
+    scores = torch.randn(3000, generator=torch.Generator().manual_seed(seed)) * scale
+    if steps:
+        scores = (scores * steps).round() / steps  # with many ties
+    ordered, ids = scores.softmax(-1).sort(descending=True, stable=True)
+    sums = ordered.cumsum(-1)
+    expected = scores.index_fill(-1, ids[(sums - ordered >= top_p) & (sums > ordered)], -torch.inf)
+    got = keep_top_p(scores, top_p)
+    if not torch.equal(got, expected):  # a sum lies at top_p to within its rounding
+        assert (sums - top_p).abs().min() < 1e-5
+        assert abs(int(got.isfinite().sum()) - int(expected.isfinite().sum())) <= 30 + 3000 * 1e-3
+
+
+def test_what_is_drawn_is_never_impossible_wherever_the_number_falls():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    places = {0.0: 1, 0.249: 1, 0.25: 3, 0.74: 3, 0.75: 4, 1 - 2**-53: 4, 1.0: 4}
+    for place, expected in places.items():
+        assert sampling.find_place(probs, torch.tensor([place], dtype=torch.float64)) == expected
+
+
+def test_probabilities_that_are_not_finite_are_an_error():
+    with pytest.raises(EngineError, match="over the temperature are not finite"):
+        sampling.draw(torch.full((9,), torch.nan), torch.Generator())
+
+
+def test_many_ids_are_drawn_as_often_as_they_should_be():
+    probs = torch.rand(1000, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.tensor([sampling.draw(probs, generator) for _ in range(20_000)])
+    expected = probs * len(picks)
+    chi_squared = ((torch.bincount(picks, minlength=1000) - expected) ** 2 / expected).sum()
+    assert 999 - 4 * 44.7 < chi_squared < 999 + 4 * 44.7  # 4 standard deviations
 
 
 def test_banned_tokens_never_come():

@@ -424,6 +424,24 @@ def test_numbers_that_are_not_finite_fail_the_task_only(make):
         assert_as_library(model, job.request, events[job], abs=1e-6)
 
 
+def test_choices_for_which_there_is_no_memory_together_are_scored_one_by_one():
+    model = tiny_model(MOE, seed=5).double()
+    decode, sizes = model.decode, []
+
+    def hungry(tokens_BT, *args):
+        sizes.append(len(tokens_BT))
+        if len(tokens_BT) > 1:
+            raise MemoryError
+        return decode(tokens_BT, *args)
+
+    model.decode = hungry
+    request = replace(make_request("ab"), task=Continuations(choices=((65,), (66, 67), (68,))))
+    job = Job(request)
+    events = run(Engine(model, TOKENIZER, Limits()), {0: [job]})
+    assert sizes == [3, 1, 1, 1]
+    assert_as_library(MODELS[MOE], request, events[job], abs=1e-9)
+
+
 def test_an_error_of_torch_fails_the_task_by_its_name_only():
     def logits(_):
         raise RuntimeError("secret")

@@ -401,6 +401,30 @@ def test_a_broken_engine_thread_leaves_no_request_waiting():
     assert worker.failure == "the engine thread broke"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_a_library_raises_ends_the_thread_no_request_waits_for_ever():
+    def exits(report):
+        loaded = load(report)
+
+        def encode(*args):
+            raise SystemExit  # no Exception, as the panics of libraries in Rust are none
+
+        loaded.model.encode_layers = encode
+        return loaded
+
+    worker = Worker("tiny", exits, stall_s=30.0)
+    worker.start()
+    wait_until(lambda: worker.state == "ready")
+
+    async def scenario():
+        return await collect(worker.submit(request(max_tokens=1)))
+
+    assert run(scenario()) == [Failed("the engine ended before the request was finished")]
+    wait_until(lambda: not worker.is_alive)
+    assert (worker.state, worker.failure) == ("failed", "the engine thread broke")
+    assert worker._ended.is_set()  # so its watch ends as well
+
+
 def test_pieces_carry_their_tokens():
     worker = ready_worker()
 
@@ -761,7 +785,7 @@ async def serve_some(worker, number, ends):
         asked = draw_request(draw, f"{number}-{index}", index)
         while (stream := submit_unless_full(worker, asked)) is None:
             ends["refused"] += 1
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
         patience = draw.choice([0, 1, 2, 99, 99, 99])  # events
         events = []
         while len(events) < patience and (event := await anext(stream, None)) is not None:
@@ -819,7 +843,7 @@ def load_brittle(report):
 
         return called
 
-    model = tiny_model()
+    model = tiny_model(replace(MOE, num_decoder_layers=1))
     experts = model.experts
     del model.experts
     model.experts = BrittleExperts(experts, sometimes)
