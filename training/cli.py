@@ -1,4 +1,4 @@
-"""Commands of the training package: `infmoe corpus`, `train` and `eval`."""
+"""Commands of the training package: `infmoe corpus`, `train`, `compare-runs` and `eval`."""
 
 import json
 from dataclasses import asdict
@@ -28,10 +28,15 @@ def train(
     run: Annotated[Path, typer.Argument(help="Run folder; resumes if it holds a state.")],
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
-    """Train a model as a recipe says and write it to RUN/model, ready to serve."""
+    """Train a model as a recipe says and write it to RUN/model, ready to serve.
+
+    Several processes share the work if torchrun starts them: torchrun --nproc-per-node 2 -m server
+    train RECIPE RUN.
+    """
     import torch
 
     from engine.checkpoint import find_tokenizer_files, save_model
+    from training.distributed import open_workers
     from training.loop import evaluate, open_data
     from training.loop import train as run_training
     from training.progress import PrepareProgress, TrainProgress
@@ -40,17 +45,43 @@ def train(
     plan = read_recipe(recipe)
     if threads:
         torch.set_num_threads(threads)
-    with PrepareProgress() as preparing:
-        data = open_data(plan, preparing.report)
-    with TrainProgress(plan.train.steps) as progress:
-        try:
-            model = run_training(plan, run, data, progress.report)
-        except FloatingPointError as error:  # the recipe's fault, so no traceback
-            raise ValueError(str(error)) from error
-    files = find_tokenizer_files(plan.path(plan.data.tokenizer))
-    save_model(model, run / "model", tokenizer_files=files.values(), dtype=torch.bfloat16)
-    typer.echo(evaluate(model, data, plan).summary(), err=True)
-    typer.echo(str(run / "model"))
+    with open_workers() as workers:
+        if workers.is_first:
+            with PrepareProgress() as preparing:
+                open_data(plan, preparing.report)
+        workers.wait()
+        data = open_data(plan)
+        with TrainProgress(plan.train.steps) as progress:
+            try:
+                on_step = progress.report if workers.is_first else None
+                model = run_training(plan, run, data, on_step, workers)
+            except FloatingPointError as error:  # the recipe's fault, so no traceback
+                raise ValueError(str(error)) from error
+        if not workers.is_first:
+            return
+        files = find_tokenizer_files(plan.path(plan.data.tokenizer))
+        save_model(model, run / "model", tokenizer_files=files.values(), dtype=torch.bfloat16)
+        task = "continuation" if plan.data.objective == "prefix_lm" else "span filling"
+        typer.echo(evaluate(model, data, plan).summary(task), err=True)
+        typer.echo(str(run / "model"))
+
+
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; the first sets the target.")],
+    plot: Annotated[Path, typer.Option(help="PNG to write.")] = Path("runs.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but JSON.")] = False,
+) -> None:
+    """Compare runs: loss against tokens, seconds and operations, with teachers charged."""
+    from training import run_compare
+    from training.plots import plot_runs
+
+    curves = [run_compare.read_curve(run) for run in runs]
+    plot_runs(curves, plot)
+    if as_json:
+        typer.echo(run_compare.as_json(curves))
+        return
+    typer.echo("\n".join(run_compare.make_table(curves)))
+    typer.echo(str(plot))
 
 
 def compare(

@@ -23,10 +23,10 @@ class FillReport(NamedTuple):
     unigram_accuracy: float
     tokens: int
 
-    def summary(self) -> str:
-        """All of it in a line."""
+    def summary(self, task: str = "span filling") -> str:
+        """All of it in a line; `task` names what was asked for."""
         return (
-            f"span filling, {self.tokens:,} validation tokens: loss {self.loss:.3f} (perplexity "
+            f"{task}, {self.tokens:,} validation tokens: loss {self.loss:.3f} (perplexity "
             f"{self.perplexity:.0f}), accuracy {self.accuracy:.1%}; unigram baseline: loss "
             f"{self.unigram_loss:.3f} (perplexity {self.unigram_perplexity:.0f}), accuracy "
             f"{self.unigram_accuracy:.1%}"

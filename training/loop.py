@@ -5,9 +5,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from engine.config import TokenizerKind
 from engine.model.moe import assign_greedy
 from engine.model.transformer import Transformer, initialize
 from engine.tokenizer import Tokenizer, open_tokenizer
+from training.averages import Average
+from training.checkpointing import checkpointed
+from training.distill import Teaching, open_teaching, prepare_cache
+from training.distributed import ALONE, Workers
 from training.evaluate import FillReport, evaluate_fill, unigram_log_probs
+from training.flops import training_flops
+from training.losses import autocast, label_scores
+from training.metrics import Metrics
+from training.objectives import MODE_TOKENS, make_denoisers
 from training.optimizers import build_optimizer, learning_rate
 from training.plots import plot_losses
 from training.recipe import Precision, Recipe
@@ -30,6 +38,8 @@ from training.sampler import Sampler
 from training.shards import Shard, prepare_shard
 from training.span_corruption import IGNORED, Batch, Objective
 from training.state import load_state, save_state
+from training.updates import Lesson, train_update
+from training.vocabulary_names import open_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +51,16 @@ OnPrepare = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What the loop reads: batches for training, for validation, and the baseline."""
+    """What the loop reads: batches for training, for validation, and the baseline.
+
+    `groups` are validation batches of the sources of one group, by its name.
+    """
 
     train: Sampler
     valid: Sampler
     unigram_V: Tensor
     special_ids: tuple[int, ...]
+    groups: dict[str, Sampler] = field(default_factory=dict)
 
 
 def open_data(recipe: Recipe, on_prepare: OnPrepare | None = None) -> TrainingData:
@@ -77,18 +91,36 @@ def open_data(recipe: Recipe, on_prepare: OnPrepare | None = None) -> TrainingDa
     valid = shards([source.valid for source in data.sources])
     objective = _objective(recipe, tokenizer, data.continuation_share)
     filling = _objective(recipe, tokenizer, 0.0)
-    sizes = {
+    denoisers = make_denoisers(data.objective, objective, _mode_ids(folder, config.tokenizer))
+    sizes: dict[str, Any] = {
         "rows": recipe.train.rows,
         "source_length": data.source_length,
         "target_length": data.target_length,
         "window": data.window,
     }
+
+    def validation(numbers: list[int]) -> Sampler:
+        chosen = [valid[i] for i in numbers]
+        shares = [weights[i] for i in numbers]
+        return Sampler(chosen, shares, filling, **sizes, denoisers=denoisers[:1])
+
+    groups: dict[str, list[int]] = {}
+    for number, source in enumerate(data.sources):
+        if source.group:
+            groups.setdefault(source.group, []).append(number)
     return TrainingData(
-        Sampler(train, weights, objective, **sizes),
-        Sampler(valid, weights, filling, **sizes),
+        Sampler(train, weights, objective, **sizes, denoisers=denoisers),
+        validation(list(range(len(valid)))),
         unigram_log_probs(train, weights, config.vocab_size),
         (*objective.sentinel_ids, objective.end_id),
+        {name: validation(numbers) for name, numbers in groups.items()},
     )
+
+
+def _mode_ids(folder: Path, kind: TokenizerKind) -> dict[Any, int]:
+    """Ids of UL2's mode tokens, if the vocabulary has them."""
+    ids = open_vocabulary(folder, kind).ids()
+    return {mode: ids[name] for mode, name in MODE_TOKENS.items() if name in ids}
 
 
 def _tokenizer_key(folder: Path, kind: TokenizerKind) -> str:
@@ -112,43 +144,10 @@ def _objective(recipe: Recipe, tokenizer: Tokenizer, continuation_share: float) 
     )
 
 
-class Metrics:
-    """`metrics.jsonl` of a run: one JSON object per line, cut back to where a run resumes."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # no torn last one
-            self.rows = [row for row in rows if row["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        sync(partial)
-        partial.replace(path)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 def micro_loss(model: Transformer, batch: Batch, precision: Precision) -> Tensor:
     """Sum of the losses of all labels. Scores are computed for positions with a label only."""
-    with autocast(precision):
-        encoded_BSD = model.encode(batch.encoder_BS, batch.encoder_segments_BS)
-        hidden_BTD = model.decode(
-            batch.decoder_BT, batch.decoder_segments_BT, encoded_BSD, batch.encoder_segments_BS
-        )
-        counted_BT = batch.labels_BT != IGNORED
-        logits_NV = model.logits(hidden_BTD[counted_BT])
-    return F.cross_entropy(logits_NV.float(), batch.labels_BT[counted_BT], reduction="sum")
-
-
-def autocast(precision: Precision) -> AbstractContextManager[object]:
-    """Mixed precision for the matrix products, or nothing."""
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    logits_NV, labels_N = label_scores(model, batch, precision)
+    return F.cross_entropy(logits_NV, labels_N, reduction="sum")
 
 
 def train_step(
@@ -158,16 +157,8 @@ def train_step(
 
     Returns loss and gradient norm.
     """
-    total = sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches)
-    loss_sum = 0.0
-    optimizer.zero_grad(set_to_none=True)
-    for batch in batches:
-        loss = micro_loss(model, batch, recipe.train.precision)
-        (loss / total).backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip)
-    optimizer.step()
-    return loss_sum / total, float(norm)
+    update = train_update(model, optimizer, list(enumerate(batches)), recipe)
+    return update.loss, update.norm
 
 
 def set_routing(model: Transformer, *, balanced: bool) -> None:
@@ -179,9 +170,24 @@ def set_routing(model: Transformer, *, balanced: bool) -> None:
 def evaluate(model: Transformer, data: TrainingData, recipe: Recipe) -> FillReport:
     """Span filling on the validation texts, greedily routed as at inference."""
     set_routing(model, balanced=False)
-    batches = (data.valid.batch(EVAL_SEED, i) for i in range(recipe.train.eval_batches))
+    batches = valid_batches(data, recipe)
     with autocast(recipe.train.precision):
         return evaluate_fill(model, batches, data.unigram_V, data.special_ids)
+
+
+def valid_batches(data: TrainingData, recipe: Recipe) -> Iterator[Batch]:
+    """The batches of an evaluation, the same each time."""
+    return (data.valid.batch(EVAL_SEED, i) for i in range(recipe.train.eval_batches))
+
+
+def evaluate_groups(
+    model: Transformer, data: TrainingData, recipe: Recipe
+) -> dict[str, FillReport]:
+    """The same for each group of sources, such as a language."""
+    return {
+        name: evaluate(model, replace(data, valid=sampler), recipe)
+        for name, sampler in data.groups.items()
+    }
 
 
 def begin_model(recipe: Recipe) -> Transformer:
@@ -207,60 +213,140 @@ def begin_model(recipe: Recipe) -> Transformer:
 
 
 def train(
-    recipe: Recipe, run: Path, data: TrainingData, on_step: OnStep | None = None
+    recipe: Recipe,
+    run: Path,
+    data: TrainingData,
+    on_step: OnStep | None = None,
+    workers: Workers = ALONE,
 ) -> Transformer:
     """Train as the recipe says, resuming from the run folder's last checkpoint if there is one.
 
     Leaves `recipe.json`, `metrics.jsonl`, `loss.png` and `state.safetensors` in the run folder. A
     resumed run meets the same batches, rates and states, so its losses equal those of an
-    uninterrupted one.
-    Raises FloatingPointError if the loss or a gradient is no longer a number, ValueError if the run
-    folder holds the state of another recipe.
+    uninterrupted one. With `ema` the model returned has the averaged weights.
+    Raises FloatingPointError if the loss or a gradient is no longer a number, OSError if the disk
+    is full, ValueError if the run folder holds the state of another recipe; the last state is kept.
     """
     settings = recipe.train
     run.mkdir(parents=True, exist_ok=True)
-    model = begin_model(recipe)
-    optimizer = build_optimizer(model, settings)
-    start = load_state(run, model, optimizer)
-    metrics = Metrics(run / "metrics.jsonl", start)
-    (run / "recipe.json").write_text(json.dumps(recipe.as_run(), indent=2), encoding="utf-8")
-    model.train()
-    for step in range(start, settings.steps):
-        began = time.perf_counter()
-        rate = learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        set_routing(model, balanced=step < settings.steps * settings.balanced_until)
-        numbers = range(step * settings.accumulation, (step + 1) * settings.accumulation)
-        batches = [data.train.batch(settings.seed, number) for number in numbers]
-        loss, norm = train_step(model, optimizer, batches, recipe)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"loss is {loss}, gradient norm {norm} at step {step}: lower learning_rate, "
-                "or set precision to fp32"
-            )
-        tokens = sum(int((batch.encoder_segments_BS > 0).sum()) for batch in batches)
-        tokens += sum(int((batch.labels_BT != IGNORED).sum()) for batch in batches)
-        done = step + 1
-        row: dict[str, Any] = {
-            "step": done,
-            "loss": round(loss, 6),
-            "rate": rate,
-            "norm": round(norm, 4),
-        }
-        row |= {"tokens": tokens, "seconds": round(time.perf_counter() - began, 4)}
-        if done % settings.eval_every == 0 or done == settings.steps:
-            report = evaluate(model, data, recipe)
-            row |= {
-                f"valid_{k}" if "unigram" not in k else k: v for k, v in report._asdict().items()
-            }
-        metrics.add(row)
-        if done % settings.checkpoint_every == 0 or done == settings.steps:
-            sync(metrics.path)  # before the state that relies on it
-            save_state(run, done, model, optimizer)
-            plot_losses(metrics.rows, run / "loss.png")
-        if on_step:
-            on_step(row)
+    state = _begin(recipe, run, data, workers)
+    model = state.model
+    with ExitStack() as stack:
+        stack.enter_context(checkpointed(model) if settings.checkpointing else nullcontext())
+        model.train()
+        for step in range(state.start, settings.steps):
+            row = _run_step(state, recipe, data, step, workers)
+            done = step + 1
+            if done % settings.eval_every == 0 or done == settings.steps:
+                row |= _evaluate_step(state, recipe, data)
+            if state.metrics is not None:
+                state.metrics.add(row)
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                _save(state, run, done, workers)
+            if on_step:
+                on_step(row)
+    if state.average is not None:
+        state.average.copy_to(model)
+    model = workers.gather(model)
     model.eval()
     set_routing(model, balanced=False)
     return model
+
+
+@dataclass(slots=True)
+class _State:
+    """What a run carries from step to step."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics | None  # of the first worker
+    start: int
+    average: Average | None
+    teaching: Teaching | None
+
+
+def _begin(recipe: Recipe, run: Path, data: TrainingData, workers: Workers) -> _State:
+    settings = recipe.train
+    workers.check(recipe)
+    model = workers.shard(begin_model(recipe))
+    optimizer = build_optimizer(model, settings)
+    average = Average(model, settings.ema) if settings.ema else None
+    facts: dict[str, Any] = {}
+    weights = None if average is None else average.weights
+    start = load_state(run, model, optimizer, weights, facts)
+    teaching = open_teaching(recipe)
+    if teaching is not None:
+        teaching.is_over = bool(facts.get("teaching_is_over", False))
+        inheriting = math.ceil(settings.steps * teaching.recipe.inherit_share)
+        prepare_cache(teaching, recipe, data.train, inheriting * settings.accumulation)
+        if teaching.recipe.stop_when_passed:
+            teaching.measure(valid_batches(data, recipe), data.special_ids)
+    metrics = Metrics(run / "metrics.jsonl", start) if workers.is_first else None
+    if workers.is_first:
+        text = json.dumps(recipe.as_run(), indent=2)
+        (run / "recipe.json").write_text(text, encoding="utf-8")
+    return _State(model, optimizer, metrics, start, average, teaching)
+
+
+def _run_step(
+    state: _State, recipe: Recipe, data: TrainingData, step: int, workers: Workers
+) -> dict[str, Any]:
+    """One step; what to note of it."""
+    settings, model, teaching = recipe.train, state.model, state.teaching
+    began = time.perf_counter()
+    rate = learning_rate(step, settings)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    set_routing(model, balanced=step < settings.steps * settings.balanced_until)
+    numbers = range(step * settings.accumulation, (step + 1) * settings.accumulation)
+    batches = [(number, data.train.batch(settings.seed, number)) for number in numbers]
+    lesson = None if teaching is None else Lesson(teaching.rate(step, settings.steps), teaching)
+    update = train_update(model, state.optimizer, batches, recipe, lesson, workers)
+    if not (math.isfinite(update.loss) and math.isfinite(update.norm)):
+        raise FloatingPointError(
+            f"loss is {update.loss}, gradient norm {update.norm} at step {step}: lower "
+            "learning_rate, or set precision to fp32"
+        )
+    if state.average is not None:
+        state.average.update(model, step)
+    tokens = sum(int((batch.encoder_segments_BS > 0).sum()) for _, batch in batches)
+    tokens += sum(int((batch.labels_BT != IGNORED).sum()) for _, batch in batches)
+    rows = settings.rows * settings.accumulation
+    lengths = recipe.data.source_length, recipe.data.target_length
+    row: dict[str, Any] = {
+        "step": step + 1,
+        "loss": round(update.loss, 6),
+        "rate": rate,
+        "norm": round(update.norm, 4),
+        "flops": rows * training_flops(recipe.model, *lengths),
+    }
+    if lesson is not None and lesson.rate > 0:
+        row |= {"inheritance": lesson.rate, "kl": round(update.kl, 6)}
+        row["teacher_flops"] = rows * lesson.teaching.flops(*lengths)
+    return row | {"tokens": tokens, "seconds": round(time.perf_counter() - began, 4)}
+
+
+def _evaluate_step(state: _State, recipe: Recipe, data: TrainingData) -> dict[str, Any]:
+    """Validation of the model, or of its averaged weights, in all and by group."""
+    model, average = state.model, state.average
+    with nullcontext() if average is None else average.applied(model):
+        report = evaluate(model, data, recipe)
+        groups = evaluate_groups(model, data, recipe)
+    row = {f"valid_{k}" if "unigram" not in k else k: v for k, v in report._asdict().items()}
+    row |= {f"valid_loss_{name}": group.loss for name, group in groups.items()}
+    if state.teaching is not None:
+        state.teaching.hear(report.loss)
+        if state.teaching.valid_loss is not None:
+            row["teacher_valid_loss"] = state.teaching.valid_loss
+    return row
+
+
+def _save(state: _State, run: Path, done: int, workers: Workers) -> None:
+    weights = None if state.average is None else state.average.weights
+    is_over = state.teaching is not None and state.teaching.is_over
+    if state.metrics is not None:
+        sync(state.metrics.path)  # before the state that relies on it
+    facts = {"teaching_is_over": is_over}
+    save_state(run, done, state.model, state.optimizer, weights, workers.is_first, **facts)
+    if state.metrics is not None:
+        plot_losses(state.metrics.rows, run / "loss.png")

@@ -1,7 +1,10 @@
-"""Curves of a run as PNG."""
+"""Curves of a run, or of several, as PNG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from training.run_compare import RunCurve
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
@@ -29,6 +32,35 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if train or valid:
         axes.legend()
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+
+
+def plot_runs(curves: Sequence[RunCurve], path: Path) -> None:
+    """Draw validation loss against tokens, seconds and operations, one colour a run.
+
+    Operations with teachers and earlier runs charged; dashed without, where that differs.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3, sharey=True)
+    for number, curve in enumerate(curves):
+        style = {"color": f"C{number % 10}", "label": curve.name}
+        for axes, spent in zip(
+            panels, (curve.tokens, curve.seconds, curve.charged_flops), strict=True
+        ):
+            axes.plot(spent, curve.losses, "o-", markersize=3, **style)
+        if curve.flops != curve.charged_flops:
+            panels[2].plot(curve.flops, curve.losses, "--", color=style["color"], alpha=0.6)
+    for axes, label in zip(panels, ("tokens", "seconds", "floating-point operations"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[0].legend()
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)

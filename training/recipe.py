@@ -124,6 +124,9 @@ class TrainRecipe:
             raise ConfigError("learning_rate and clip must be above 0, weight_decay not below 0")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        self._check_options()
+
+    def _check_options(self) -> None:
         for name in ("ema", "expert_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to less than 1")
@@ -195,7 +198,8 @@ class Recipe:
     def as_run(self) -> dict[str, Any]:
         """The whole recipe with all defaults, for the record of the run."""
         names = ("model", "data", "train", *(["distill"] if self.distill else []))
-        return {name: asdict(getattr(self, name)) for name in names}
+        tables = {name: asdict(getattr(self, name)) for name in names}
+        return {"folder": str(self.folder.resolve()), **tables}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -204,11 +208,20 @@ def read_recipe(path: Path) -> Recipe:
     Raises ConfigError that names the file and the key if anything is unknown, missing or
     impossible.
     """
+    return parse_recipe(path, read_tables(path))
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError if it cannot be read."""
     try:
         with path.open("rb") as file:
-            tables = tomllib.load(file)
+            return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def parse_recipe(path: Path, tables: dict[str, Any]) -> Recipe:
+    """Check the tables of a recipe; `path` is its file. Raises ConfigError as `read_recipe`."""
     if set(tables) - {"distill"} != {"model", "data", "train"}:
         raise ConfigError(f"{path}: tables are {sorted(tables)}; needed: model, data, train")
     try:
@@ -235,7 +248,9 @@ def _build_distill(values: object) -> DistillRecipe | None:
     teachers = table.get("teachers", [])
     if not isinstance(teachers, list) or not all(isinstance(name, str) for name in teachers):
         raise ConfigError(f"[distill] teachers is {teachers!r}; expected a list of folders")
-    return build_table(DistillRecipe, table | {"teachers": tuple(teachers)}, "distill")
+    if teachers or "teachers" in table:
+        table["teachers"] = tuple(teachers)
+    return build_table(DistillRecipe, table, "distill")
 
 
 def _check_table(values: object, name: str) -> dict[str, Any]:

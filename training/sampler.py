@@ -1,7 +1,10 @@
 """Batches of training rows, each a function of seed and number, so that a run resumes exactly."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from training.objectives import Denoiser
 from training.shards import Shard
 from training.span_corruption import (
     Batch,
@@ -19,6 +22,8 @@ MISSES_BEFORE_FULL = 48  # examples in a row that find no room before a batch co
 class Sampler:
     """Draws windows of documents, source by source in proportion to the weights, and packs them.
 
+    With `denoisers` each document goes to one of them, drawn by share; without, it is filled or
+    continued as the objective says.
     Raises ValueError if the targets of a whole window do not fit `target_length`.
     """
 
@@ -32,6 +37,7 @@ class Sampler:
         source_length: int,
         target_length: int,
         window: int,
+        denoisers: Sequence[Denoiser] = (),
     ) -> None:
         needed = sum(count_noise(window, objective)) + 1  # and the closing sentinel
         if needed > target_length:
@@ -46,6 +52,7 @@ class Sampler:
         self.source_length = source_length
         self.target_length = target_length
         self.window = window
+        self.denoisers = tuple(denoisers)
 
     def batch(self, seed: int, number: int) -> Batch:
         """The batch of that number; the same for the same seed and number, whatever came before."""
@@ -60,7 +67,16 @@ class Sampler:
 
     def example(self, rng: np.random.Generator) -> Example:
         """Draw one document, or a window of it, and make it an example."""
-        shard = self.shards[int(rng.choice(len(self.shards), p=self.shares))]
+        return self.fill(self.shards[int(rng.choice(len(self.shards), p=self.shares))], rng)
+
+    def fill(self, shard: Shard, rng: np.random.Generator) -> Example:
+        """Draw a document of a shard and make it an example."""
+        if self.denoisers:
+            shares = np.array([denoiser.share for denoiser in self.denoisers])
+            denoiser = self.denoisers[int(rng.choice(len(shares), p=shares / shares.sum()))]
+            length = denoiser.longest(self.window, self.target_length)
+            document, is_end = shard.window(rng, length)
+            return denoiser.make(document, rng, is_end=is_end)
         if rng.random() < self.objective.continuation_share:
             # head and tail share the window; the tail has to fit the decoder
             length = min(self.window - 2, self.target_length - 2)

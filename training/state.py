@@ -11,32 +11,65 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.checkpoint_writer import sync
+from training.distributed import sharded_like, whole
 
 STATE_FILE = "state.safetensors"
 
 
-def save_state(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state after `step` steps, replacing the last one."""
-    facts = {"step": step, "optimizer": type(optimizer).__name__}
+def save_state(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor] | None = None,
+    is_writer: bool = True,
+    **more: object,
+) -> None:
+    """Write the state after `step` steps, replacing the last one.
+
+    `average` holds averaged weights, `more` are facts that the run wants back. Of several processes
+    all gather their shards, and the one that `is_writer` writes.
+    """
+    facts = {"step": step, "optimizer": type(optimizer).__name__, **more}
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(v) for name, v in values.items()}
-    write_state(run, facts, tensors)
+    tensors |= {f"average.{name}": value for name, value in (average or {}).items()}
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+    if is_writer:
+        write_state(run, facts, tensors)
 
 
 def write_state(run: Path, facts: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a state, named as `save_state` does, replacing the last one."""
+    """Write the tensors of a state, named as `save_state` does, replacing the last one.
+
+    Raises OSError if the disk is full; the last state is still there then.
+    """
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     partial = run / (STATE_FILE + ".partial")
-    save_file(contiguous, partial, metadata={"infmoe": json.dumps(facts)})
-    sync(partial)
+    try:
+        save_file(contiguous, partial, metadata={"infmoe": json.dumps(facts)})
+        sync(partial)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{partial}: cannot be written ({error}); the state before it is kept: make room and "
+            "start the same command again"
+        ) from error
     partial.replace(run / STATE_FILE)
     sync(run)
 
 
-def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_state(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor] | None = None,
+    more: dict[str, Any] | None = None,
+) -> int:
     """Restore a run; returns the number of steps done, 0 if there is no state yet.
 
+    Fills in `average` and `more`, where given, with what `save_state` was given.
     Raises ValueError if the state is damaged or belongs to another model or optimiser.
     """
     path = run / STATE_FILE
@@ -47,15 +80,27 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         step, kind = int(facts["step"]), type(optimizer).__name__
         if facts.get("optimizer", kind) != kind:
             raise ValueError(f"it was made by {facts['optimizer']}, the recipe has {kind}")
-        model.load_state_dict(_part(tensors, "model."))
+        own = model.state_dict()
+        weights = _part(tensors, "model.")
+        model.load_state_dict({n: sharded_like(t, own.get(n, t)) for n, t in weights.items()})
         template = optimizer.state_dict()
-        template["state"] = _optimizer_state(_part(tensors, "optimizer."))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = _optimizer_state(_part(tensors, "optimizer."))
+        template["state"] = {
+            index: {key: sharded_like(t, parameters[index]) for key, t in values.items()}
+            for index, values in state.items()
+        }
         optimizer.load_state_dict(template)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        if average is not None and step:  # a state that was grown begins a new average
+            found = _part(tensors, "average.")
+            average.update({name: found[name] for name in average})
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{path}: cannot be resumed with this recipe ({error}); "
             "give another run folder or delete it"
         ) from error
+    if more is not None:
+        more.update(facts)
     return step
 
 

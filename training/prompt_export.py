@@ -1,0 +1,44 @@
+"""Soft prompts that a training run leaves, as adapter folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.adapters import OURS, PEFT_CONFIG, TENSORS, VECTORS, model_fingerprint
+from engine.adapters_manifest import write_manifest
+from engine.checkpoint_writer import sync
+from engine.model.transformer import Transformer
+
+
+def save_prompt(folder: Path, model: Transformer, prompt_PD: Tensor) -> None:
+    """Write vectors that stand in front of a text; a folder that is there is replaced."""
+    config = model.config
+    peft = {
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(prompt_PD),
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "task_type": "SEQ_2_SEQ_LM",
+        "token_dim": config.d_model,
+    }
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    ours = {"base_fingerprint": model_fingerprint(model)}
+    for name, values in ((PEFT_CONFIG, peft), (OURS, ours)):
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (staging / name).write_text(text, encoding="utf-8")
+    vectors = prompt_PD.detach().to(torch.float32).contiguous()
+    save_file({VECTORS: vectors}, staging / TENSORS, metadata={"format": "pt"})
+    write_manifest(staging)
+    sync(*staging.iterdir(), staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.replace(folder)

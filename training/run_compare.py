@@ -1,0 +1,136 @@
+"""Runs side by side: loss against tokens, seconds and operations, as a table and as curves.
+
+What teachers computed is charged, and what it took to train them, where their runs are still there.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+ORIGIN = "origin.txt"  # beside a grown start: the model that it grew from
+START = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class RunCurve:
+    """The evaluations of a run: what had been spent by then, and the loss.
+
+    `flops` are the model's own, `charged_flops` with the teachers' and with `sunk_flops`, which is
+    what the runs of teachers and of the start had cost.
+    """
+
+    name: str
+    steps: int
+    sunk_flops: float
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    charged_flops: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        """The lowest validation loss."""
+        return min(self.losses)
+
+    def reach(self, loss: float) -> int | None:
+        """Index of the first evaluation that is as low; None if there is none."""
+        return next((i for i, found in enumerate(self.losses) if found <= loss), None)
+
+
+def read_curve(run: Path) -> RunCurve:
+    """Read a run folder. Raises ValueError if it holds no evaluation."""
+    rows = read_rows(run)
+    sums = {
+        key: list(accumulate(float(row.get(key, 0)) for row in rows))
+        for key in ("tokens", "seconds", "flops", "teacher_flops")
+    }
+    sunk = sunk_flops(run)
+    curve = RunCurve(str(run), rows[-1]["step"], sunk)
+    for index, row in enumerate(rows):
+        if "valid_loss" in row:
+            curve.tokens.append(int(sums["tokens"][index]))
+            curve.seconds.append(sums["seconds"][index])
+            curve.flops.append(sums["flops"][index])
+            curve.charged_flops.append(sunk + sums["flops"][index] + sums["teacher_flops"][index])
+            curve.losses.append(row["valid_loss"])
+    if not curve.losses:
+        raise ValueError(f"{run}: has no evaluation yet; train it to its first one")
+    return curve
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run. Raises ValueError if there are none."""
+    path = run / METRICS
+    if not path.exists():
+        raise ValueError(f"{path}: does not exist; name the folder of a run that was trained")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not rows:
+        raise ValueError(f"{path}: is empty; train the run first")
+    return rows
+
+
+def sunk_flops(run: Path, seen: frozenset[Path] = frozenset()) -> float:
+    """What the runs behind a run's teachers and start had computed, and those behind them."""
+    seen = seen | {run.resolve()}
+    try:
+        recipe = json.loads((run / "recipe.json").read_bytes())
+    except (OSError, ValueError):
+        return 0.0
+    names = [*recipe.get("distill", {}).get("teachers", []), recipe["train"].get("start", "")]
+    total = 0.0
+    for name in filter(None, names):
+        source = find_run(Path(recipe.get("folder", ".")) / name)
+        if source is not None and source.resolve() not in seen:
+            rows = read_rows(source)
+            total += sum(row.get("flops", 0) + row.get("teacher_flops", 0) for row in rows)
+            total += sunk_flops(source, seen)
+    return total
+
+
+def find_run(model: Path) -> Path | None:
+    """The run that a model came from, through growth if it says so; None if that is not known."""
+    origin = model.parent / ORIGIN
+    if model.name == START and origin.exists():
+        return find_run(Path(origin.read_text(encoding="utf-8").strip()))
+    return next((path for path in (model, model.parent) if (path / METRICS).exists()), None)
+
+
+def make_table(curves: list[RunCurve]) -> list[str]:
+    """The runs as lines of a table, and what it took each to reach the first one's best loss."""
+    target = curves[0].best
+    head = ("run", "steps", "tokens", "seconds", "flops", "charged", "best loss", "last loss")
+    lines = [(*head, f"charged to {target:.3f}")]
+    for curve in curves:
+        index = curve.reach(target)
+        reached = "-" if index is None else f"{curve.charged_flops[index]:.2e}"
+        lines.append(
+            (
+                curve.name,
+                f"{curve.steps:,}",
+                f"{curve.tokens[-1]:,}",
+                f"{curve.seconds[-1]:.1f}",
+                f"{curve.flops[-1]:.2e}",
+                f"{curve.charged_flops[-1]:.2e}",
+                f"{curve.best:.4f}",
+                f"{curve.losses[-1]:.4f}",
+                reached,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def as_json(curves: list[RunCurve]) -> str:
+    """All numbers in one line."""
+    return json.dumps([asdict(curve) for curve in curves])
