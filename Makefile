@@ -1,6 +1,8 @@
 # make serve   installs what is needed and serves the demo model on port 8000 (PORT=, HOST=, MODEL=)
 # make test    installs the test extras and runs the tests
 # make check   format, lint, types, tests: what CI runs
+# make image-test   builds the container image without an engine and tries it; needs root, buildah
+# make story   trains in three stages, as CPM-2: Chinese, bilingual, mixture of experts (minutes)
 # make bench   speed of the demo model against a baseline and the memory bandwidth
 #
 # torch is installed first and pinned, so that nothing else chooses another build. On Linux the default
@@ -15,12 +17,12 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint bench clean
+.PHONY: serve test check lint bench image-test story clean
 
 serve: $(VENV)/.serve
 	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT)
 
-test: $(VENV)/.test $(VENV)/.clients
+test: $(VENV)/.test $(VENV)/.clients $(VENV)/.deploy
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/python -m pytest
 
 lint: $(VENV)/.test $(VENV)/.clients
@@ -32,6 +34,13 @@ check: lint test
 
 bench: $(VENV)/.serve
 	$(BIN)/infmoe bench $(MODEL)
+
+image-test:
+	docker/test-image.sh || test $$? -eq 77
+
+story: $(VENV)/.serve
+	test -f data/demo/vocab.txt || $(BIN)/infmoe corpus data/demo
+	$(BIN)/infmoe story training/recipes/story --out runs/story
 
 clean:
 	rm -rf $(VENV)
@@ -55,4 +64,9 @@ $(VENV)/.test: $(VENV)/.serve
 $(VENV)/.clients: $(VENV)/.test
 	$(PIP) -c constraints.txt -e ".[clients]"
 	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)/node openai@6
+	touch $@
+
+# What checks the files of docker/; Debian's prometheus has two more, without which tests are skipped.
+$(VENV)/.deploy: $(VENV)/.test
+	$(PIP) -c constraints.txt -e ".[deploy]"
 	touch $@
