@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("server.cli", "serve", "Serve a model over HTTP."),
+    "health": Command("server.cli_health", "health", "Tell whether a server is well."),
     "keys": Command("server.cli_keys", "app", "Make, list and revoke the keys of a server."),
     "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
     "score": Command("engine.cli_score", "score", "Choose the likeliest of several answers."),
@@ -35,11 +36,17 @@ COMMANDS = {
         "engine.cli_bench", "bench_engine", "Compare our engine with transformers and CTranslate2."
     ),
     "bench-gpu": Command("engine.cli_bench", "bench_gpu", "Measure a GPU with random weights."),
+    "bench-inheritance": Command(
+        "training.cli_inheritance", "bench_inheritance", "Prove what growing a model saves."
+    ),
     "bench-server": Command(
         "server.cli_bench", "bench_server", "Measure what the gateway costs, and a load."
     ),
     "train": Command("training.cli", "train", "Train a model as a recipe says."),
+    "compare-runs": Command("training.cli", "compare_runs", "Compare training runs, with curves."),
     "eval": Command("training.cli", "compare", "Measure a model against a reference."),
+    "story": Command("training.cli_story", "story", "Grow and train a model stage by stage."),
+    "lifelong": Command("training.cli_story", "lifelong", "Train on a stream of domains."),
     "grow": Command("training.cli_growth", "grow", "Grow a model without losing what it learnt."),
     "adapter": Command("training.cli_growth", "app", "Carry soft prompts to a grown model."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),

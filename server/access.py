@@ -15,6 +15,7 @@ PUBLIC = frozenset(
         "/health/live",
         "/health/ready",
         "/health/startup",
+        "/health/startup/events",
         "/v2/health/live",
         "/v2/health/ready",
     }

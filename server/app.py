@@ -17,6 +17,7 @@ from server.guards import add_guards
 from server.health import add_health_routes
 from server.info import add_info_route
 from server.metrics import Metrics, add_metrics_route
+from server.metrics_disk import DiskCollector
 from server.middleware import RequestLog
 from server.models import add_model_routes
 from server.protocol import Engine
@@ -46,6 +47,8 @@ def create_app(
     adapters = open_adapters(engine, settings)
     if adapters is not None:
         metrics.watch_adapters(adapters.store)
+    if settings.adapters is not None:
+        metrics.registry.register(DiskCollector(settings.adapters))
     gateway = Gateway(engine, settings, metrics, adapters)
     add_text_routes(app, gateway, read_template(settings.model))
     add_model_routes(app, engine, adapters)

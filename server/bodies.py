@@ -2,16 +2,19 @@
 
 import asyncio
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import anyio
 from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, refuse
+from server.errors import ApiError, refuse, retry_headers
 
 BODY_METHODS = ("POST", "PUT", "PATCH")
 UPLOADS = "/admin/"  # below it files come as they are
+BUSY_S = 1.0  # nobody knows when the others end
 MAX_DEPTH = 64
 # A body of 4 MB that is all "[],[],..." took 0.7 s of the event loop to parse, most of it to look
 # for garbage among 1.3 million lists; so many values take less than 0.1 s, whatever they are.
@@ -48,40 +51,78 @@ def depth_exceeds(body: bytes, limit: int) -> bool:
     return False
 
 
+class BodyRoom:
+    """Bounds the bytes of all bodies in memory together, each to the end of its request."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What takes so many bytes more, or raises ApiError (429); at the end all are free again.
+
+        They are taken as they come: who declares many and sends none holds none.
+        """
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if self.used + num_bytes > self.limit:
+                text = f"bodies of other requests fill the {self.limit} bytes that all may take"
+                headers = {"connection": "close", **retry_headers(BUSY_S)}
+                raise ApiError(429, text, code="server_overloaded", headers=headers)
+            self.used += num_bytes
+            taken += num_bytes
+
+        try:
+            yield take
+        finally:
+            self.used -= taken
+
+
 class BodyGuard:
     """Takes in whole bodies of JSON and hands them on; lets uploads pass within their bounds."""
 
     def __init__(
-        self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, timeout_s: float
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_upload_bytes: int,
+        timeout_s: float,
+        room: BodyRoom,
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.max_upload_bytes = max_upload_bytes
         self.timeout_s = timeout_s
+        self.room = room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in BODY_METHODS:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        try:
-            if may_upload(scope, headers):
-                check_length(headers, self.max_upload_bytes)
-                receive = self._bounded(receive)
-            else:
-                check_length(headers, self.max_body_bytes)
-                require_json(headers)
-                body = await self._read(receive)
-                if body is None:
-                    return  # the client is gone
-                receive = replay(body, receive)
-        except ApiError as problem:
-            await refuse(problem, scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        with self.room.share() as take:
+            try:
+                if may_upload(scope, headers):
+                    check_length(headers, self.max_upload_bytes)
+                    receive = self._bounded(receive)
+                else:
+                    check_length(headers, self.max_body_bytes)
+                    require_json(headers)
+                    body = await self._read(receive, take)
+                    if body is None:
+                        return  # the client is gone
+                    scope["state"]["body_bytes"] = len(body)
+                    receive = replay(body, receive)
+            except ApiError as problem:
+                await refuse(problem, scope, receive, send)
+                return
+            await self.app(scope, receive, send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None if the client went away. Raises ApiError (400, 408, 413)."""
+    async def _read(self, receive: Receive, take: Callable[[int], None]) -> bytes | None:
+        """The body; None if the client went away. Raises ApiError (400, 408, 413, 429)."""
         body = bytearray()
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -89,7 +130,9 @@ class BodyGuard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    take(len(part))
+                    body += part
                     if len(body) > self.max_body_bytes:  # no Content-Length, or a false one
                         raise too_large(self.max_body_bytes)
                     if not message.get("more_body", False):

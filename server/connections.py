@@ -1,9 +1,14 @@
 """Connections that do not hang: slow request heads and readers that read nothing are cut off."""
 
 import asyncio
+import json
+import socket
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from server.errors import ApiError
+from server.safe_headers import SAFE_HEADERS
 
 HEAD_S = 30.0
 WRITE_S = 60.0
@@ -15,6 +20,7 @@ class PatientProtocol(H11Protocol):
     From its first byte on, the head of a request must come within `HEAD_S`; so must something on a
     fresh connection. A client that reads nothing for `WRITE_S` while a reply waits is gone: its
     request ends as if it had closed the connection. Bodies are the matter of `server.bodies`.
+    What is no HTTP at all is told so like every other mistake.
     """
 
     head_s = HEAD_S
@@ -27,6 +33,12 @@ class PatientProtocol(H11Protocol):
         """Wait for a first request, but not for ever."""
         super().connection_made(transport)
         self._await_head()
+        # What is left of a reply when it has ended is the system's: it too must not wait for ever,
+        # and a machine that is gone without a word acknowledges nothing.
+        raw = transport.get_extra_info("socket")
+        if raw is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            wait_ms = int(self.write_s * 1000)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, wait_ms)
 
     def data_received(self, data: bytes) -> None:
         """Read on; the clock runs while the head of a request is not whole."""
@@ -35,6 +47,26 @@ class PatientProtocol(H11Protocol):
             self._stop_head()
         elif self.cycle is None or self.cycle.response_complete:
             self._await_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, in the shape of all errors, and hang up."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the midst of a reply
+            self.transport.close()
+            return
+        problem = ApiError(400, f"{msg} The server speaks HTTP/1.1", code="invalid_http")
+        body = json.dumps(problem.body()).encode()
+        facts = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+        }
+        headers = [
+            (name.encode(), value.encode()) for name, value in {**facts, **SAFE_HEADERS}.items()
+        ]
+        head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than the reply comes."""

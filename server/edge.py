@@ -7,18 +7,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, refuse
+from server.safe_headers import SAFE_HEADERS
 from server.settings import Settings, is_loopback
 
 MAX_URL_BYTES = 8192
 MAX_QUERY_PARAMETERS = 100
 MAX_HEADERS = 100  # h11 bounds their bytes
-SAFE_HEADERS = {
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-}
 
 
 class EdgeGuard:

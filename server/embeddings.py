@@ -62,7 +62,7 @@ def add_embedding_route(app: FastAPI, gateway: Gateway) -> None:
         gateway.require_room(len(prompts), admission)
         reply_id = new_id("embd")
         requests = await gateway.build(
-            lambda: build_poolings(gateway, admission, prompts, reply_id), "input"
+            http, lambda: build_poolings(gateway, admission, prompts, reply_id), "input"
         )
         told = await gateway.collect(http, requests, admission)
         vectors = [find_vector(events) for events in told]

@@ -22,6 +22,7 @@ from engine.errors import (
     RequestError,
     TokenizerError,
 )
+from server.safe_headers import SAFE_HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
         message = f"the body is not valid JSON at character {where}: {first['ctx']['error']}"
         return ApiError(400, message, code="invalid_json")
     path = [str(part) for part in first["loc"][1:]]
+    if not path and first["type"] == "value_error":  # of the whole body
+        reason = first["msg"].removeprefix("Value error, ")
+        return ApiError(400, reason, code="invalid_value")
     if not path:
         return ApiError(400, "the body must be a JSON object in valid Unicode", code="invalid_json")
     reason = first["msg"].removeprefix("Value error, ")
@@ -147,7 +151,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     if problem.status == 500:  # the client is not told, so the log must be
         logger.error("id=%s %s: %s", request_id, type(error).__name__, error)
     response = problem.response()
-    response.headers["x-request-id"] = request_id
+    # Of a bug no layer sees the reply; the others would add the same.
+    response.headers.update({"x-request-id": request_id, **SAFE_HEADERS})
     return response
 
 

@@ -1,7 +1,7 @@
 """The way of a body to the engine: admitted, built in a thread, submitted, replied to."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import anyio
@@ -9,7 +9,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from engine.errors import EngineError, Overloaded, RequestError
-from engine.request import BeamParams, Event, Request
+from engine.receipt import make_receipt
+from engine.request import BeamParams, Continuations, Event, Request
 from server.accounts import Bill, Caller
 from server.adapters import Adapters, Chosen, choose_adapter, with_defaults
 from server.fields import check_fields, hash_user, ignored_header, is_on
@@ -27,6 +28,7 @@ from server.streams import Merge, SseResponse, until_disconnect
 
 BUILDER_THREADS = 2
 MAX_WAITING = 64  # bodies that wait for a thread; each holds its texts
+LONG_BODY_BYTES = 2**16  # tokenized in 0.2 s; 2 MB of text take ten
 
 B = TypeVar("B", bound=RoutedBody)
 B_co = TypeVar("B_co", bound=RoutedBody, covariant=True)
@@ -56,7 +58,7 @@ class Admission(Generic[B_co]):
         """Take what requests may need from the caller's tokens. Raises ApiError (429)."""
         if self.sender is None:
             return None
-        prompts = sum(r.source.num_positions + len(r.decoder_ids) for r in requests)
+        prompts = sum(map(prompt_tokens, requests))
         adapter = self.chosen.adapter.name if self.chosen.adapter else None
         return self.sender.reserve(prompts, sum(map(most_tokens, requests)), adapter)
 
@@ -82,6 +84,7 @@ class Gateway:
         self.metrics = metrics
         self.adapters = adapters
         self._threads = anyio.CapacityLimiter(BUILDER_THREADS)
+        self._long = anyio.CapacityLimiter(1)  # so that long bodies hold up each other only
         self._compilers = anyio.CapacityLimiter(1)  # takes seconds, and a process of its own
 
     async def admit(self, http: HttpRequest, body: B) -> Admission[B]:
@@ -113,27 +116,35 @@ class Gateway:
             bool(getattr(body, "receipt", False)) or is_on(http, "x-receipt"),
         )
 
-    async def build(self, work: Callable[[], T], prompt_field: str = "prompt") -> T:
+    async def build(
+        self, http: HttpRequest, work: Callable[[], T], prompt_field: str = "prompt"
+    ) -> T:
         """Result of tokenizing and the like, which on the event loop would hold up all streams.
 
         Raises Overloaded if too many wait for a thread. A RequestError of the engine about a prompt
         names `prompt_field`, as the route calls it.
         """
         try:
-            return await self._in_thread(work, self._threads)
+            is_long = http.scope["state"].get("body_bytes", 0) > LONG_BODY_BYTES
+            return await self._in_thread(http, work, self._long if is_long else self._threads)
         except RequestError as error:
             if error.field == "prompt":
                 error.field = prompt_field
             raise
 
-    async def compile(self, work: Callable[[], T]) -> T:
+    async def compile(self, http: HttpRequest, work: Callable[[], T]) -> T:
         """The same for grammars, which take longer and must hold up nobody else."""
-        return await self._in_thread(work, self._compilers)
+        return await self._in_thread(http, work, self._compilers)
 
-    async def _in_thread(self, work: Callable[[], T], threads: anyio.CapacityLimiter) -> T:
+    async def _in_thread(
+        self, http: HttpRequest, work: Callable[[], T], threads: anyio.CapacityLimiter
+    ) -> T:
         if threads.statistics().tasks_waiting >= MAX_WAITING:
             raise Overloaded("too many requests are being read; try again later", 1.0)
-        return await anyio.to_thread.run_sync(work, limiter=threads)
+        done = anyio.to_thread.run_sync(work, limiter=threads)
+        if threads.available_tokens >= 1:
+            return await done
+        return await until_disconnect(http.receive, done)  # who goes gives up the place
 
     async def submit(self, requests: Sequence[Request]) -> Merge:
         """Hand all requests to the engine, or none. Raises Overloaded or EngineStopped."""
@@ -174,10 +185,10 @@ class Gateway:
         merge = await self.submit(order.requests)
         reply = Reply(order, self.engine.tokenizer)
 
-        def make_receipt() -> Receipt:
+        def tell_receipt() -> Receipt:
             return self._receipt(order, reply, admission)
 
-        receipt = make_receipt if admission.has_receipt else None
+        receipt = tell_receipt if admission.has_receipt else None
         meter = Meter(self.metrics, order.requests, http.scope["state"])
         job = Job(reply, wording, merge, meter, admission.notes, receipt, bill)
         if body.stream:
@@ -192,23 +203,30 @@ class Gateway:
         return json_response(whole, admission.headers)
 
     def _receipt(self, order: Order, reply: Reply, admission: Admission[G]) -> Receipt:
-        first = order.requests[0]
-        return Receipt(
-            model=self.engine.model_name,
-            adapter=admission.chosen.reference,
-            fingerprint=tell_fingerprint(self.engine),
-            seeds=[end.seed for end in reply.ends()],
-            parameters=tell_parameters(first),
-            ignored_fields=admission.ignored,
+        ends = reply.ends()
+        told = make_receipt(
+            order.requests[0],
+            ends[0],
+            model_fingerprint=self.engine.adapter_base.fingerprint,
+            is_batch_invariant=self.settings.invariant,
         )
+        ours: dict[str, object] = {
+            "model": self.engine.model_name,
+            "fingerprint": tell_fingerprint(self.engine),
+            "seeds": [end.seed for end in ends],
+            "ignored_fields": admission.ignored,
+        }
+        return Receipt.model_validate({**told, **ours})
 
     async def collect(
         self, http: HttpRequest, requests: Sequence[Request], admission: Admission[B]
     ) -> list[list[Event]]:
         """The events of requests that make no text, when all have ended.
 
-        Raises ApiError if the engine gave up one of them, ClientDisconnect if the client did.
+        Raises ApiError if the engine gave up one of them or the caller has no tokens left for them,
+        ClientDisconnect if the client went.
         """
+        admission.reserve(requests)
         merge = await self.submit(requests)
         meter = Meter(self.metrics, requests, http.scope["state"])
         told: list[list[Event]] = [[] for _ in requests]
@@ -235,6 +253,14 @@ def rank(asked: int | None, most: int | None) -> int:
     return most if asked is None else min(asked, most)
 
 
+def prompt_tokens(request: Request) -> int:
+    """Tokens that a request has read: by the encoder, and by the decoder what it is given."""
+    given = len(request.decoder_ids)
+    if isinstance(request.task, Continuations):
+        given = sum(given + len(choice) for choice in request.task.choices)
+    return request.source.num_positions + given
+
+
 def most_tokens(request: Request) -> int:
     """Tokens that a request may make."""
     if request.task is None:
@@ -242,15 +268,3 @@ def most_tokens(request: Request) -> int:
     if isinstance(request.task, BeamParams):
         return request.params.max_tokens * request.task.num_beams
     return 0
-
-
-def tell_parameters(request: Request) -> dict[str, object]:
-    """What took effect, in JSON's types; the seed is told by itself."""
-    params = request.params
-    told = {field.name: getattr(params, field.name) for field in fields(params)}
-    del told["seed"]
-    if params.grammar is not None:
-        told["grammar"] = {"kind": params.grammar.kind, "spec": params.grammar.spec}
-    if request.task is not None:
-        told["task"] = asdict(request.task)
-    return {**told, "num_blanks": request.num_blanks, "deadline_s": request.deadline_s}

@@ -5,12 +5,13 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server.access import AccessGuard
 from server.accounts import Accounts
-from server.bodies import BodyGuard
+from server.bodies import BodyGuard, BodyRoom
 from server.edge import EdgeGuard
 from server.settings import Settings
 
 TOLD_HEADERS = (
     *("x-request-id", "retry-after", "retry-after-ms", "x-should-retry", "x-ignored-fields"),
+    "x-adapter",
     *(
         f"x-ratelimit-{what}-{unit}"
         for what in ("limit", "remaining", "reset")
@@ -26,6 +27,7 @@ def add_guards(app: FastAPI, settings: Settings, accounts: Accounts) -> None:
         max_body_bytes=settings.max_body_bytes,
         max_upload_bytes=settings.max_upload_bytes,
         timeout_s=settings.body_timeout_s,
+        room=BodyRoom(settings.bodies_limit),
     )
     app.add_middleware(AccessGuard, accounts=accounts)
     if settings.cors_origins:  # outside of the keys: browsers ask before they send one

@@ -61,6 +61,7 @@ def describe_start(engine: Engine) -> dict[str, object]:
         **facts,
         "elapsed_s": round(progress.elapsed_s(), 3),
         "eta_s": None if eta_s is None else round(eta_s, 3),
+        "idle_s": round(progress.idle_s(), 3),
     }
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
+import anyio
 from fastapi.responses import Response
 from pydantic import BaseModel
 
@@ -18,6 +19,8 @@ from server.schemas import Receipt, Usage
 from server.streams import DONE, PING, Merge, data_frame
 
 logger = logging.getLogger(__name__)
+
+MANY_SPOTS = 256  # log-probabilities, each with up to 20 others: more take long to tell
 
 
 class Wording(Protocol):
@@ -61,7 +64,10 @@ class Job:
         """Wait for all events. Raises ApiError if the engine gave up a request."""
         async for _ in self._parts():
             pass
-        return self._wording.whole(self._reply.parts(), self._ending())
+        parts, ending = self._reply.parts(), self._ending()
+        if sum(len(part.spots) for part in parts) < MANY_SPOTS:
+            return self._wording.whole(parts, ending)
+        return await anyio.to_thread.run_sync(self._wording.whole, parts, ending)
 
     async def frames(
         self, ping_s: float, *, has_closing: bool, is_continuous: bool

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -17,7 +17,9 @@ from starlette.types import ASGIApp
 from engine.errors import EngineStopped
 from server.connections import PatientProtocol
 from server.log_format import say
-from server.protocol import Engine
+
+if TYPE_CHECKING:
+    from server.protocol import Engine  # torch comes with it, which takes seconds
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: Engine, drain_s: float, delay_s: float = 0.0
+        self, config: uvicorn.Config, engine: "Engine", drain_s: float, delay_s: float = 0.0
     ) -> None:
         super().__init__(config)
         self._engine = engine
@@ -86,7 +88,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def run(
-    app: ASGIApp, engine: Engine, listener: socket.socket, drain_s: float, delay_s: float = 0.0
+    app: ASGIApp, engine: "Engine", listener: socket.socket, drain_s: float, delay_s: float = 0.0
 ) -> None:
     """Serve until a signal comes or the engine ends.
 
@@ -115,7 +117,7 @@ def run(
 
 def run_to_exit(
     app: ASGIApp,
-    engine: Engine,
+    engine: "Engine",
     listener: socket.socket,
     drain_s: float,
     delay_s: float = 0.0,

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.bad_words import bad_word_ids
+from engine.config import LENGTH_FACTOR
 from engine.errors import PromptTooLong, RequestError
 from engine.generation import require_choice
 from engine.grammar import Grammar, Kind, Spec, compile_grammar
-from engine.prompt import build_request
+from engine.prompt import MAX_TOKEN_CHARS, build_request
 from engine.request import Request, SamplingParams, Task
+from engine.tokenizer import Tokenizer
 from server.gateway import Admission
 from server.parts import Order
 from server.protocol import Engine
@@ -17,6 +19,7 @@ from server.schemas import RoutedBody
 from server.schemas_completions import PromptedBody
 from server.schemas_generation import GenerationBody, bad_field
 
+SETTLED_TOKENS = 64  # so far from a cut, tokens are those of the whole text
 Prompt = str | list[int]
 
 
@@ -81,6 +84,20 @@ def closing_ids(engine: Engine) -> list[int]:
     return [engine.tokenizer.sentinel_id(config.continuation_sentinel)]
 
 
+def encode_end(text: str, count: int, tokenizer: Tokenizer, *, is_start: bool) -> list[int]:
+    """Ids of the end (or start) of a text, so much of it that the last `count` are settled.
+
+    All of 2 MB takes ten seconds. Where the text is cut, some tokens are others than in the whole.
+    """
+    num_chars = (count + SETTLED_TOKENS) * MAX_TOKEN_CHARS
+    while num_chars < len(text):
+        ids = tokenizer.encode(text[:num_chars] if is_start else text[-num_chars:])
+        if len(ids) >= count + SETTLED_TOKENS:
+            return ids
+        num_chars *= 2
+    return tokenizer.encode(text)
+
+
 class Clerk:
     """Builds the requests that one admitted body comes to."""
 
@@ -135,11 +152,13 @@ class Clerk:
         count = body.truncate_prompt_tokens
         if count is None:
             return prompt
+        is_left = body.truncation_side == "left"
         if isinstance(prompt, str):
-            if len(prompt) > self._max_chars:
-                return prompt  # is refused
-            prompt = self._engine.tokenizer.encode(prompt)
-        return prompt[-count:] if body.truncation_side == "left" else prompt[:count]
+            longest = self._engine.config.max_positions * LENGTH_FACTOR
+            if len(prompt) > self._max_chars or count > longest:
+                return prompt  # is refused, or short enough
+            prompt = encode_end(prompt, count, self._engine.tokenizer, is_start=not is_left)
+        return prompt[-count:] if is_left else prompt[:count]
 
     def order(
         self,

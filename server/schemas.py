@@ -19,6 +19,7 @@ from server.schemas_adapters import AdapterCard
 MAX_INT32 = 2**31 - 1
 MAX_INT64 = 2**63 - 1
 MAX_NAMED_FIELDS = 20
+MAX_FIELDS = 200  # of an object; of 100,000 unknown ones each costs time to keep
 MAX_BIASES = 300
 MAX_BAD_WORDS = 100
 MAX_PROMPTS = 2048  # more are not even counted: of a million that takes seconds of the event loop
@@ -98,6 +99,10 @@ class Body(BaseModel):
     def _drop_nulls(cls, body: object) -> object:
         if not isinstance(body, dict):
             return body
+        if len(body) > MAX_FIELDS:
+            raise ValueError(
+                f"an object has {len(body)} fields; no more than {MAX_FIELDS} are read"
+            )
         return {name: value for name, value in body.items() if value is not None}
 
     def extras(self) -> dict[str, object]:
@@ -176,7 +181,13 @@ class Receipt(BaseModel):
     adapter: str | None = Field(description="The resolved name@version of the soft prompt.")
     fingerprint: str
     seeds: list[int] = Field(description="Of each request to the engine, in order.")
-    parameters: dict[str, object] = Field(description="As they took effect, defaults included.")
+    parameters: dict[str, object] = Field(description="Those that changed anything.")
+    num_blanks: int
+    task: dict[str, object] | None = Field(description="Beam search with its parameters, if any.")
+    adapter_checksum: str | None = Field(description="SHA-256 of the vectors that were used.")
+    adapter_base_fingerprint: str | None
+    model_fingerprint: str = Field(description="Of the weights; `fingerprint`: and our version.")
+    is_batch_invariant: bool
     ignored_fields: list[str]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, JsonValue, model_serializer
+from pydantic import BaseModel, Field, JsonValue, model_serializer, model_validator
 
 from engine.request import MAX_LOGPROBS
 from server.schemas import (
@@ -77,6 +77,16 @@ class ChatRequest(GenerationBody):
     chat_template: JsonValue = Field(default=None, description="Refused: templates are code.")
     metadata: JsonValue = Field(default=None, description="Not kept.")
     store: bool = Field(default=False, description="Nothing is ever stored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_parts(cls, body: object) -> object:
+        messages = body.get("messages") if isinstance(body, dict) else None
+        listed = messages if isinstance(messages, list) else []
+        contents = [m.get("content") for m in listed if isinstance(m, dict)]
+        if sum(len(parts) for parts in contents if isinstance(parts, list)) > MAX_PARTS:
+            raise ValueError(f"messages have more than {MAX_PARTS} parts in all")
+        return body
 
     @property
     def limit(self) -> int | None:

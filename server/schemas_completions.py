@@ -56,6 +56,8 @@ class PromptedBody(GenerationBody):
         self.check_common()
         if max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise bad_field("max_tokens 0 is for echo or prompt_logprobs only", "max_tokens")
+        if max_tokens == 0 and self.use_beam_search:
+            raise bad_field("max_tokens 0 does not go with use_beam_search", "max_tokens")
         for name in ("decoder_prompt", "response_format", "structured_outputs"):
             if self.fill and getattr(self, name):
                 raise bad_field(f"{name} does not go with fill", name)

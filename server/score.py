@@ -1,19 +1,21 @@
 """POST /v1/score: how likely the model finds given continuations of given texts."""
 
-import time
+from collections.abc import Sequence
 
+import anyio
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from engine.demands import check_task
 from engine.errors import RequestError
-from engine.request import Continuations, Finished, Request, SamplingParams, Score, Scored
+from engine.request import Continuations, Event, Finished, Request, SamplingParams, Score, Scored
 from server.errors import ApiError
 from server.gateway import Admission, Gateway
 from server.jobs import json_response
 from server.logprobs import LOWEST, TokenNames
 from server.orders import Clerk, Prompt, new_id
+from server.parts import Head
 from server.replies import count_usage, tell_timings
 from server.responses import ERRORS
 from server.schemas_generation import bad_field
@@ -75,6 +77,37 @@ def tell_score(
     )
 
 
+def tell_scores(
+    head: Head,
+    requests: Sequence[Request],
+    told: Sequence[Sequence[Event]],
+    names: TokenNames,
+    *,
+    has_top: bool,
+) -> Scores:
+    """The reply; of many contexts, continuations and likeliest tokens it takes a while.
+
+    Raises ApiError if the engine told no scores.
+    """
+    data = []
+    for index, (request, events) in enumerate(zip(requests, told, strict=True)):
+        scores = next((event.scores for event in events if isinstance(event, Scored)), None)
+        if scores is None:
+            raise ApiError(500, "the engine gave no scores", code="engine_failure")
+        assert isinstance(request.task, Continuations)
+        pairs = zip(request.task.choices, scores, strict=True)
+        each = [
+            tell_score(i, ids, score, names, has_top=has_top)
+            for i, (ids, score) in enumerate(pairs)
+        ]
+        data.append(ContextScores(index=index, scores=each))
+    ends = [event for events in told for event in events if isinstance(event, Finished)]
+    usage = count_usage(requests, 0, sum(end.cached_tokens for end in ends))
+    return Scores.model_validate(
+        {**head.facts(), "data": data, "usage": usage, "timings": tell_timings(ends)}
+    )
+
+
 def add_score_route(app: FastAPI, gateway: Gateway) -> None:
     """Serve POST /v1/score."""
 
@@ -89,33 +122,13 @@ def add_score_route(app: FastAPI, gateway: Gateway) -> None:
         gateway.require_room(len(contexts), admission)
         reply_id = new_id("score")
         requests = await gateway.build(
-            lambda: build_scores(gateway, admission, contexts, reply_id), "context"
+            http, lambda: build_scores(gateway, admission, contexts, reply_id), "context"
         )
         told = await gateway.collect(http, requests, admission)
-        names = TokenNames(gateway.engine.tokenizer)
-        data, ends = [], []
-        for index, (request, events) in enumerate(zip(requests, told, strict=True)):
-            ends += [event for event in events if isinstance(event, Finished)]
-            scores = next((event.scores for event in events if isinstance(event, Scored)), None)
-            if scores is None:
-                raise ApiError(500, "the engine gave no scores", code="engine_failure")
-            assert isinstance(request.task, Continuations)
-            has_top = body.logprobs is not None
-            pairs = zip(request.task.choices, scores, strict=True)
-            each = [
-                tell_score(i, ids, score, names, has_top=has_top)
-                for i, (ids, score) in enumerate(pairs)
-            ]
-            data.append(ContextScores(index=index, scores=each))
         head = gateway.head(reply_id, admission.chosen, body.model)
-        cached = sum(end.cached_tokens for end in ends)
-        reply = Scores.model_validate(
-            {
-                **head.facts(),
-                "created": int(time.time()),
-                "data": data,
-                "usage": count_usage(requests, 0, cached),
-                "timings": tell_timings(ends),
-            }
+        names = TokenNames(gateway.engine.tokenizer)
+        has_top = body.logprobs is not None
+        reply = await anyio.to_thread.run_sync(
+            lambda: tell_scores(head, requests, told, names, has_top=has_top)
         )
         return json_response(reply, admission.headers)

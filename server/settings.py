@@ -100,6 +100,7 @@ class Settings(BaseModel):
     max_queue_tokens: Count | None = None
     max_choices: Count = 64
     max_body_bytes: Annotated[ByteSize, Field(ge=1, le=2**31 - 1)] = 4 * 2**20
+    max_bodies_bytes: Annotated[ByteSize, Field(ge=1)] = 64 * 2**20
     max_prompt_chars: Count = 2 * 2**20
     strict_fields: bool = False
     encoder_cache: ByteSize = 0
@@ -138,6 +139,11 @@ class Settings(BaseModel):
     def choices_limit(self) -> int:
         """Choices that one request may ask for: never more than the queue holds."""
         return min(self.max_choices, self.max_queue)
+
+    @property
+    def bodies_limit(self) -> int:
+        """Bytes of bodies in memory, of all requests together: never less than one may have."""
+        return max(self.max_bodies_bytes, self.max_body_bytes)
 
     @property
     def has_keys(self) -> bool:

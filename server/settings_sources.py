@@ -117,10 +117,11 @@ def require_known(names: Iterable[str], known: Iterable[str]) -> None:
     for name in sorted(names):
         if name in allowed:
             continue
-        near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
+        plain = {one.upper().removeprefix(ENV_PREFIX): one for one in allowed}
+        near = difflib.get_close_matches(name.upper().removeprefix(ENV_PREFIX), plain, n=1)
+        hint = f" did you mean {plain[near[0]]}?" if near else ""
         raise ConfigError(
-            f"unknown setting {name}; did you mean {near}? "
-            "`infmoe serve --print-config` lists all settings"
+            f"unknown setting {name};{hint} `infmoe serve --print-config` lists all settings"
         )
 
 

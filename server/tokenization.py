@@ -12,6 +12,7 @@ from server.jobs import json_response
 from server.logprobs import TokenNames
 from server.models import require_model
 from server.orders import closing_ids
+from server.protocol import Engine
 from server.responses import ERRORS
 from server.schemas_generation import bad_field
 from server.schemas_native import (
@@ -24,6 +25,20 @@ from server.schemas_native import (
 from server.templates import ChatTemplate
 
 EOS, PAD = "</s>", "<pad>"  # where nobody tells other names: those of T5
+
+
+def tell_tokens(engine: Engine, body: TokenizeRequest) -> Tokens:
+    """The ids of a text; takes seconds for a long one."""
+    ids = engine.tokenizer.encode(body.prompt)
+    if body.add_special_tokens:
+        ids += closing_ids(engine)
+    names = TokenNames(engine.tokenizer)
+    return Tokens(
+        tokens=ids,
+        count=len(ids),
+        max_model_len=engine.config.max_positions * LENGTH_FACTOR,
+        token_strs=[names.name(i) for i in ids] if body.return_token_strs else None,
+    )
 
 
 def add_tokenization_routes(app: FastAPI, gateway: Gateway, template: ChatTemplate | None) -> None:
@@ -39,17 +54,7 @@ def add_tokenization_routes(app: FastAPI, gateway: Gateway, template: ChatTempla
         if len(body.prompt) > settings.max_prompt_chars:
             text = f"prompt has {len(body.prompt):,} characters"
             raise bad_field(f"{text}; the limit is {settings.max_prompt_chars:,}", "prompt")
-        tokenizer = engine.tokenizer
-        ids = await gateway.build(lambda: tokenizer.encode(body.prompt))
-        if body.add_special_tokens:
-            ids = [*ids, *closing_ids(engine)]
-        names = TokenNames(tokenizer)
-        reply = Tokens(
-            tokens=ids,
-            count=len(ids),
-            max_model_len=engine.config.max_positions * LENGTH_FACTOR,
-            token_strs=[names.name(i) for i in ids] if body.return_token_strs else None,
-        )
+        reply = await gateway.build(http, lambda: tell_tokens(engine, body))
         return json_response(reply, ignored_header(ignored))
 
     @app.post("/detokenize", response_model=Detokenized, responses=ERRORS)
@@ -62,7 +67,7 @@ def add_tokenization_routes(app: FastAPI, gateway: Gateway, template: ChatTempla
         if unknown := [i for i in body.tokens if i >= size]:
             text = f"token id {unknown[0]} is outside the vocabulary of {size}"
             raise bad_field(text, "tokens")
-        text = await gateway.build(lambda: engine.tokenizer.decode(body.tokens))
+        text = await gateway.build(http, lambda: engine.tokenizer.decode(body.tokens))
         return json_response(Detokenized(prompt=text), ignored_header(ignored))
 
     @app.get("/tokenizer_info", responses=ERRORS)

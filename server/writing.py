@@ -75,7 +75,7 @@ async def write(
     constraint = find_constraint(body)
     grammar = None
     if constraint is not None:
-        grammar = await gateway.compile(lambda: constraint.compile(gateway.engine))
+        grammar = await gateway.compile(http, lambda: constraint.compile(gateway.engine))
     reply_id = new_id(route.kind, body.request_id)
 
     def build() -> tuple[Draft, Order]:
@@ -85,7 +85,7 @@ async def write(
             params = replace(params, grammar=grammar)
         return draft, make_order(gateway, admission, draft, params, reply_id)
 
-    draft, order = await gateway.build(build, route.prompt_field)
+    draft, order = await gateway.build(http, build, route.prompt_field)
     style = route.style(
         head=gateway.head(reply_id, admission.chosen, body.model),
         names=TokenNames(gateway.engine.tokenizer, as_ids=body.return_tokens_as_token_ids),

@@ -75,3 +75,9 @@ def test_importing_everything_loads_nothing_heavy_that_may_not_be_needed(package
         [sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_port_opens_before_torch_is_imported():
+    code = "import sys, server.cli; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert result.returncode == 0

@@ -301,3 +301,11 @@ def test_openai_client():
     assert text == "Hello"
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].usage.completion_tokens == 2
+
+
+def test_parts_are_bounded_in_all():
+    part = {"type": "text", "text": "a"}
+    turns = [{"role": "user", "content": [part] * 501}] * 2
+    assert "1000 parts" in error_of(post(FakeEngine(), {"messages": turns}), 400)["message"]
+    for wrong in (1, True, "a", [1], [{"role": "user", "content": 1}]):
+        assert post(FakeEngine(), {"messages": wrong}).status_code == 400

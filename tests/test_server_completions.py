@@ -1,13 +1,17 @@
 """POST /v1/completions: fields, choices, streams, failures, clients that leave."""
 
+import asyncio
+import hashlib
 import json
 import math
 import socket
+import threading
 from dataclasses import replace
 
 import httpx2
 import openai
 import pytest
+from fastapi import Request as HttpRequest
 from starlette.testclient import TestClient
 
 from engine.errors import EngineStopped
@@ -24,13 +28,17 @@ from engine.request import (
 from engine.tokenizer import ByteTokenizer
 from offload.pipeline import PipelineStats
 from server.app import create_app
+from server.gateway import LONG_BODY_BYTES, Gateway
+from server.jobs import MANY_SPOTS
 from server.logprobs import TokenNames, tell_logprobs
+from server.metrics import Metrics
+from server.orders import encode_end
 from server.parts import Spot
 from server.replies import Transcript
-from server.schemas import MAX_PROMPTS
+from server.schemas import MAX_FIELDS, MAX_PROMPTS
 from server.schemas_completions import OPENAI_MAX_TOKENS, CompletionRequest
 from server.settings import Settings
-from tests.fakes import HOLD, FakeEngine, finished, hello, live_server
+from tests.fakes import FAKE_BASE, HOLD, FakeEngine, finished, hello, live_server
 
 URL = "/v1/completions"
 
@@ -275,7 +283,7 @@ def test_field_names_with_half_characters():
 
 
 def test_many_unknown_fields_make_a_short_header():
-    response = post(FakeEngine(), {"prompt": "a"} | {f"{'x' * 100}{i}": 1 for i in range(1000)})
+    response = post(FakeEngine(), {"prompt": "a"} | {f"{'x' * 100}{i}": 1 for i in range(150)})
     assert len(response.headers["x-ignored-fields"]) < 2000
 
 
@@ -795,6 +803,8 @@ def test_beams_are_choices_best_first():
         ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
         ({"use_beam_search": False, "early_stopping": True}, "early_stopping"),
         ({"num_beams": 30, "prompt": ["a", "b", "c"]}, "num_beams"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens"),
+        ({"bad_words": ["a"]}, "bad_words"),
     ],
 )
 def test_what_does_not_go_with_beams(extra, field):
@@ -973,7 +983,11 @@ def test_receipt(stream):
     assert receipt["fingerprint"] == reply["system_fingerprint"]
     assert receipt["ignored_fields"] == ["odd"]
     assert receipt["parameters"]["max_tokens"] == OPENAI_MAX_TOKENS
-    assert receipt["parameters"]["grammar"] == {"kind": "regex", "spec": "a+"}
+    checksum = hashlib.sha256(b"a+").hexdigest()
+    assert receipt["parameters"]["grammar"] == {"kind": "regex", "sha256": checksum}
+    assert "top_k" not in receipt["parameters"]  # as it always is
+    assert receipt["model_fingerprint"] == FAKE_BASE.fingerprint
+    assert receipt["is_batch_invariant"] is False
 
 
 def test_receipt_by_header_and_none_without():
@@ -1004,3 +1018,57 @@ def test_tokens_that_were_cached_are_told():
 def test_prompt_too_long_for_the_settings():
     error = error_of(post(FakeEngine(), {"prompt": "a" * 101}, max_prompt_chars=100), 400)
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+def test_an_object_has_no_more_than_so_many_fields():
+    body = {"prompt": "a", **{f"odd{i}": i for i in range(MAX_FIELDS)}}
+    assert str(MAX_FIELDS) in error_of(post(FakeEngine(), body), 400)["message"]
+    assert post(FakeEngine(), dict(list(body.items())[:MAX_FIELDS])).status_code == 200
+
+
+@pytest.mark.parametrize("is_start", [False, True])
+@pytest.mark.parametrize("text", ["abc" * 5000, "\u4e2d\u6587" * 3000, "short"])
+def test_the_end_of_a_text_is_tokenized_as_in_the_whole(text, is_start):
+    tokenizer = ByteTokenizer()
+    whole, some = tokenizer.encode(text), encode_end(text, 7, tokenizer, is_start=is_start)
+    assert some[:7] == whole[:7] if is_start else some[-7:] == whole[-7:]
+    assert len(some) < len(whole) or text == "short"
+
+
+def test_texts_of_few_tokens_are_read_until_there_are_enough():
+    class Sparse(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text.replace(" ", ""))
+
+    text = "ab" * 100 + " " * 20_000 + "cd"
+    assert encode_end(text, 9, Sparse(), is_start=False)[-9:] == Sparse().encode(text)[-9:]
+
+
+def test_long_bodies_hold_up_each_other_only():
+    engine, settings = FakeEngine(), Settings()
+    gateway = Gateway(engine, settings, Metrics(engine), None)
+    end = threading.Event()
+
+    def asking(body_bytes):
+        return HttpRequest({"type": "http", "state": {"body_bytes": body_bytes}})
+
+    async def run():
+        long = [
+            asyncio.create_task(gateway.build(asking(LONG_BODY_BYTES + 1), end.wait))
+            for _ in range(4)
+        ]
+        await asyncio.sleep(0.01)
+        assert await asyncio.wait_for(gateway.build(asking(9), lambda: 7), 10) == 7
+        end.set()
+        assert await asyncio.gather(*long) == [True] * 4
+
+    asyncio.run(run())
+
+
+def test_many_logprobs_are_told_as_few_are():
+    tokens = MANY_SPOTS + 1
+    piece = Piece("a", (100,), logprobs=(TokenLogprob(100, -1.0, ((100, -1.0),)),))
+    engine = FakeEngine(lambda r: [*[piece] * tokens, finished(r, "length", tokens)])
+    choice = post(engine, {"prompt": "a", "logprobs": 1}).json()["choices"][0]
+    assert choice["text"] == "a" * tokens
+    assert choice["logprobs"]["text_offset"] == list(range(tokens))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -95,6 +96,19 @@ def test_half_a_second_head_ends_the_connection():
         with contextlib.suppress(ConnectionResetError):
             while client.recv(1000):  # the rest of the first reply
                 pass
+
+
+def test_what_is_no_http_is_told_so_like_every_mistake():
+    with serving(Flood(is_endless=False)) as address, connection(address) as client:
+        client.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        received = b""
+        while part := client.recv(1000):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-content-type-options: nosniff" in head.lower()
+    error = json.loads(body)["error"]
+    assert (sorted(error), error["code"]) == (["code", "message", "param", "type"], "invalid_http")
 
 
 def test_a_connection_may_be_idle_between_requests():

@@ -10,6 +10,8 @@ from starlette.testclient import TestClient
 
 from engine.request import Embedded, Pooling
 from server.app import create_app
+from server.keys import hash_key, write_keys
+from server.schemas_keys import KeyRecord
 from server.settings import Settings
 from tests.fakes import FakeEngine, finished, live_server, tiny_worker
 from tests.test_server_completions import error_of
@@ -97,3 +99,14 @@ def test_vectors_are_means_of_the_encoder():
         with torch.inference_mode():
             wanted = model.encode(ids, torch.ones_like(ids))[0].mean(0)
         assert found["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_what_is_read_is_on_the_bill(tmp_path):
+    record = KeyRecord(name="alice", sha256=hash_key("key"), tokens_per_minute=6)
+    write_keys(tmp_path / "keys", [record])
+    app = create_app(FakeEngine(embedding), Settings(keys_file=tmp_path / "keys"))
+    client = TestClient(app, headers={"authorization": "Bearer key"})
+    assert client.post(URL, json={"input": "abc"}).status_code == 200
+    (row,) = client.get("/v1/usage").json()["data"]
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (4, 0)
+    assert error_of(client.post(URL, json={"input": "abc"}), 429)["code"] == "rate_limit_exceeded"

@@ -23,6 +23,7 @@ from engine.errors import (
 )
 from server.app import create_app
 from server.errors import MAX_RETRY_AFTER_S, STATUS, ApiError, api_error, retry_headers
+from server.safe_headers import SAFE_HEADERS
 from server.settings import Settings
 from tests.fakes import FakeEngine, live_server
 
@@ -206,6 +207,7 @@ def test_bug_is_a_plain_500_and_is_logged(caplog):
     assert SECRET in caplog.text
     assert "private" not in caplog.text
     assert response.headers["x-request-id"] in caplog.text
+    assert SAFE_HEADERS.items() <= dict(response.headers).items()
 
 
 def test_engine_error_is_logged(caplog):

@@ -78,6 +78,7 @@ def test_startup_tells_how_far_loading_has_come():
         "total_bytes": 1000,
         "elapsed_s": 4.0,
         "eta_s": 12.0,
+        "idle_s": 0.0,
     }
     assert response.headers["retry-after"] == "12"
 

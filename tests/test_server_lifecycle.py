@@ -138,7 +138,7 @@ def read_stream(address, started):
 
 
 def post(address, prompt="a"):
-    return httpx2.post(f"{address}{URL}", json={"prompt": prompt}, timeout=30)
+    return httpx2.post(f"{address}{URL}", json={"prompt": prompt, "ignore_eos": True}, timeout=30)
 
 
 def is_running(address, count):

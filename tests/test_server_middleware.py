@@ -13,7 +13,14 @@ from starlette.websockets import WebSocketDisconnect
 
 from server.access import PUBLIC, key_of, scope_of
 from server.accounts import Accounts
-from server.bodies import MAX_DEPTH, MAX_VALUES, BodyGuard, check_json, depth_exceeds
+from server.bodies import (
+    MAX_DEPTH,
+    MAX_VALUES,
+    BodyGuard,
+    BodyRoom,
+    check_json,
+    depth_exceeds,
+)
 from server.edge import MAX_HEADERS, MAX_QUERY_PARAMETERS, MAX_URL_BYTES, is_local_name
 from server.errors import ApiError, install_handlers
 from server.guards import add_guards
@@ -311,12 +318,47 @@ def test_after_the_body_a_request_may_take_its_time():
         sent.append(await receive())
 
     sent = []
-    guard = BodyGuard(patient, 100, 100, 0.01)
+    guard = BodyGuard(patient, 100, 100, 0.01, BodyRoom(100))
     whole = {"type": "http.request", "body": b"{}", "more_body": False}
     for path, kind in (("/v1/echo", "application/json"), ("/admin/file", "application/zip")):
         scope = {**scope_for(path, **{"content-type": kind}), "state": {"notes": {}}}
         asyncio.run(play(guard, [whole], scope, wait_s=0.05))
     assert sent == [GONE, GONE]
+
+
+def test_bodies_of_all_requests_together_are_bounded_to_their_ends():
+    async def hold(scope, receive, send):
+        await receive()
+        began.release()
+        await ended.wait()
+
+    def ask(num_bytes):
+        messages = [{"type": "http.request", "body": b" " * num_bytes, "more_body": False}]
+        scope = scope_for("/v1/echo", **{"content-type": "application/json"})
+        return play(guard, messages, {**scope, "state": {"notes": {}}}, wait_s=1.0)
+
+    async def run():
+        first = asyncio.create_task(ask(60))
+        await began.acquire()
+        start, body = await ask(41)
+        assert start["status"] == 429
+        assert dict(start["headers"])[b"retry-after"] == b"1"
+        assert json.loads(body["body"])["error"]["code"] == "server_overloaded"
+        second = asyncio.create_task(ask(40))
+        await began.acquire()
+        assert guard.room.used == 100
+        ended.set()
+        await asyncio.gather(first, second)
+        assert guard.room.used == 0
+
+    began, ended = asyncio.Semaphore(0), asyncio.Event()
+    guard = BodyGuard(hold, 100, 100, 1.0, BodyRoom(100))
+    asyncio.run(run())
+
+
+def test_one_body_always_fits_in_what_all_may_take():
+    assert Settings(max_bodies_bytes=10, max_body_bytes=20).bodies_limit == 20
+    assert Settings(max_bodies_bytes=30, max_body_bytes=20).bodies_limit == 30
 
 
 @pytest.mark.parametrize("is_declared", [True, False])

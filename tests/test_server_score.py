@@ -9,6 +9,8 @@ from engine.prompt import build_request
 from engine.request import Continuations, Failed, SamplingParams, Score, Scored, TokenLogprob
 from engine.scoring import make_question, score
 from server.app import create_app
+from server.keys import hash_key, write_keys
+from server.schemas_keys import KeyRecord
 from server.settings import Settings
 from tests.fakes import FakeEngine, finished, tiny_worker
 from tests.test_server_completions import error_of, usage_of
@@ -142,3 +144,18 @@ def test_the_numbers_are_those_of_the_engine():
         begin = echoed["logprobs"]["token_logprobs"][:2]
         assert begin == pytest.approx(wanted[0].logprobs, abs=1e-4)
         assert echoed["text"].startswith("ab")
+
+
+def test_what_is_read_is_on_the_bill(tmp_path):
+    record = KeyRecord(name="alice", sha256=hash_key("key"), tokens_per_minute=20)
+    write_keys(tmp_path / "keys", [record])
+    app = create_app(FakeEngine(scoring), Settings(keys_file=tmp_path / "keys"))
+    client = TestClient(app, headers={"authorization": "Bearer key"})
+    body = {"context": "abc", "continuations": ["xy", "z"], "decoder_prompt": "d"}
+    read = 4 + (1 + 2) + (1 + 1)  # with the end mark; the decoder reads its prompt twice
+    assert client.post(URL, json=body).status_code == 200
+    (row,) = client.get("/v1/usage").json()["data"]
+    assert row["prompt_tokens"] == read
+    assert client.post(URL, json=body).status_code == 200
+    refused = client.post(URL, json=body)
+    assert error_of(refused, 429)["code"] == "rate_limit_exceeded"

@@ -230,3 +230,11 @@ def test_an_open_address_needs_a_key_or_consent(tmp_path):
     read_settings(host="0.0.0.0", allow_unauthenticated=True).require_safe()
     read_settings(host="0.0.0.0", api_key=SECRET).require_safe()
     read_settings(host="0.0.0.0", keys_file=tmp_path / "keys").require_safe()
+
+
+def test_a_name_like_no_other_is_not_guessed_at(monkeypatch):
+    monkeypatch.setenv("INFMOE_XYZZY", "1")
+    with pytest.raises(
+        ConfigError, match="unknown setting INFMOE_XYZZY; `infmoe serve --print-config`"
+    ):
+        read_settings()
