@@ -38,6 +38,7 @@ class Merge:
         self._queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._num_open = len(streams)
+        self._num_waiting = 0
 
     async def __aenter__(self) -> Self:
         self._pumps = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
@@ -57,8 +58,13 @@ class Merge:
         try:
             async for event in stream:
                 self._queue.put_nowait((index, event))
+                self._num_waiting += 1
         finally:
             self._queue.put_nowait((index, None))
+
+    def has_waiting(self) -> bool:
+        """Whether the next event is there already."""
+        return self._num_waiting > 0
 
     async def events(self, ping_s: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
         """All events as they come; None whenever `ping_s` pass without one.
@@ -73,6 +79,7 @@ class Merge:
                 yield None
                 continue
             if event is not None:
+                self._num_waiting -= 1
                 yield index, event
                 continue
             self._num_open -= 1
