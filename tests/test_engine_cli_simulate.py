@@ -39,7 +39,7 @@ def make_plan(capsys, path: Path, *options) -> Path:
 
 @pytest.fixture
 def cpu_plan(capsys, tmp_path) -> Path:
-    return make_plan(capsys, tmp_path / "cpu.json", "--memory", "24GiB")
+    return make_plan(capsys, tmp_path / "cpu.json", "--memory", "24GiB", "--batch", "1")
 
 
 @pytest.fixture

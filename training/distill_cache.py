@@ -69,8 +69,11 @@ def open_cache(folder: Path, key: str, num_batches: int) -> CachedScores:
     """Open a cache. Raises ValueError if it is damaged, of something else, or too short."""
     try:
         facts = json.loads((folder / "cache.json").read_bytes())
-        ids, logs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logs"))
-        offsets = np.load(folder / "offsets.npy")
+        ids, logs = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("ids", "logs")
+        )
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder}: not a readable cache ({error}); delete it") from error
     if facts != {"version": FORMAT_VERSION, "key": key}:
