@@ -150,6 +150,10 @@ class AdapterStore:
                 failures=self.reader.failures,
             )
 
+    def resident(self) -> list[str]:
+        """All that is in memory, as `name@version`, sorted. Reads nothing."""
+        return self._table.known()
+
     # --- what requests need
 
     def find_resident(self, reference: str) -> Adapter | None:

@@ -6,7 +6,7 @@ Shape letters: P vectors, D model width.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -47,34 +47,52 @@ DEFAULTS: dict[str, tuple[type, ...]] = {
     "frequency_penalty": (float, int),
     "stop": (list,),
 }
+# What an adapter tells of the task that it was trained for, with types: its name, how a text is
+# made of a row, the words of each label, and how well it did.
+ABOUT: dict[str, type] = {"task": str, "template": str, "labels": dict, "score": dict}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
     """How many vectors go where: before the text, among it, behind all that the encoder reads.
 
-    Those of the middle follow the first `middle_after` tokens, or all of a shorter text.
+    Those of the middle follow the first `middle_after` tokens, or all of a shorter text; with a
+    `middle_mark` the first token that has that id, such as a separator of two texts.
     """
 
     front: int = 0
     middle: int = 0
     back: int = 0
     middle_after: int = 0
+    middle_mark: int | None = None
 
     def __post_init__(self) -> None:
         for slot in fields(self):
             value = getattr(self, slot.name)
+            if slot.name == "middle_mark" and value is None:
+                continue
             if type(value) is not int or value < 0:
                 raise CheckpointError(
                     f"slots: {slot.name} is {value!r}; it must be a whole number, 0 or more"
                 )
         if self.middle_after and not self.middle:
             raise CheckpointError(f"slots: middle_after is {self.middle_after}, but middle is 0")
+        if self.middle_mark is not None and (self.middle_after or not self.middle):
+            raise CheckpointError(
+                f"slots: middle_mark is {self.middle_mark}; it is for vectors in the middle, and "
+                "instead of middle_after"
+            )
 
     @property
     def num_vectors(self) -> int:
         """All of them."""
         return self.front + self.middle + self.back
+
+    def split(self, ids: Sequence[int]) -> int:
+        """How many tokens of a text stand before the middle slot."""
+        if self.middle_mark is None:
+            return min(self.middle_after, len(ids))
+        return ids.index(self.middle_mark) + 1 if self.middle_mark in ids else len(ids)
 
 
 # eq: an adapter is itself only, so texts are shared between requests that hold the same one
@@ -84,7 +102,8 @@ class Adapter:
 
     `base_fingerprint` names the model that it was trained on (`model_fingerprint`), if known. The
     vectors lie in `prompt_PD` in the order front, middle, back. `defaults` are for the fields of a
-    request that are not given, under the names of `DEFAULTS`.
+    request that are not given, under the names of `DEFAULTS`. `about` is for people and clients:
+    what is in the file under the names of `ABOUT`.
     """
 
     name: str
@@ -93,6 +112,7 @@ class Adapter:
     slots: Slots
     base_fingerprint: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for what, value in (("name", self.name), ("version", self.version)):
@@ -188,6 +208,7 @@ def load_adapter(
             slots=slots,
             base_fingerprint=ours.base_fingerprint,
             defaults=ours.defaults,
+            about=ours.about,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -219,6 +240,7 @@ class _Ours:
     version: str | None = None
     base_fingerprint: str | None = None
     defaults: Mapping[str, object] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
 
 
 def _read_peft_config(path: Path, config: ModelConfig) -> tuple[int, int]:
@@ -248,8 +270,13 @@ def _read_ours(path: Path) -> _Ours:
     if not path.exists():
         return _Ours()
     values = read_json(path)
-    known = [f.name for f in fields(_Ours)]
-    _refuse_unknown(path, values, known)
+    known = [f.name for f in fields(_Ours) if f.name != "about"]
+    _refuse_unknown(path, values, [*known, *ABOUT])
+    about = {key: values.pop(key) for key in ABOUT if key in values}
+    for key, value in about.items():
+        if not isinstance(value, ABOUT[key]):
+            kind = "a text" if ABOUT[key] is str else "an object"
+            raise CheckpointError(f"{path}: {key} is {value!r}; expected {kind}")
     for key in ("version", "base_fingerprint"):
         if not isinstance(values.get(key), str | None):
             raise CheckpointError(f"{path}: {key} is {values[key]!r}; expected a text")
@@ -263,7 +290,7 @@ def _read_ours(path: Path) -> _Ours:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
     _check_defaults(path, values.setdefault("defaults", {}))
-    return _Ours(slots, **values)  # type: ignore[arg-type]  # checked above
+    return _Ours(slots, **values, about=about)  # type: ignore[arg-type]  # checked above
 
 
 def _check_defaults(path: Path, defaults: object) -> None:

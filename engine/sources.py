@@ -30,7 +30,8 @@ class Source(NamedTuple):
     def parts(self) -> tuple[tuple[int, ...], tuple[int, ...], Slots]:
         """The text before the middle slot, the text after it, and the slots."""
         slots = self.adapter.slots if self.adapter else NO_SLOTS
-        return self.ids[: slots.middle_after], self.ids[slots.middle_after :], slots
+        cut = slots.split(self.ids)
+        return self.ids[:cut], self.ids[cut:], slots
 
     def padded_ids(self, pad: int) -> list[int]:
         """Ids of all positions, with `pad` where vectors go.

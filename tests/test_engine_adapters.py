@@ -252,10 +252,15 @@ def test_vectors_go_into_their_slots():
 
 
 SLOTS = st.builds(
-    lambda front, middle, back, after: Slots(
-        front=front, middle=middle, back=back, middle_after=after if middle else 0
+    lambda front, middle, back, after, mark: Slots(
+        front=front,
+        middle=middle,
+        back=back,
+        middle_after=after if middle and mark is None else 0,
+        middle_mark=mark if middle else None,
     ),
     *[st.integers(0, 4)] * 4,
+    st.sampled_from([None, 100, 101]),  # ids of the letters a and b
 ).filter(lambda slots: slots.num_vectors > 0)
 IDS = st.lists(st.integers(3, 258), min_size=1, max_size=12).map(tuple)
 
@@ -278,6 +283,9 @@ def test_embeddings_of_real_tokens_equal_the_tokens(asked, config):
         front, middle, _ = extra.tensor_split([slots.front, slots.front + slots.middle])
         back = extra[slots.front + slots.middle :]
         cut = slots.middle_after
+        if slots.middle_mark is not None:
+            after = [place for place, i in enumerate(ids, 1) if i == slots.middle_mark]
+            cut = after[0] if after else len(ids)
         sources.append(Source(ids, adapter))
         plain.append(
             Source((*front.tolist(), *ids[:cut], *middle.tolist(), *ids[cut:], *back.tolist()))

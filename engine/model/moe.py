@@ -98,6 +98,20 @@ class MoELayer(nn.Module):
         x_ND = x.flatten(0, -2)
         scores_NE = self.scores(x_ND)
         expert_N = self.assign(scores_NE.detach())
+        update_ND = self.compute(x_ND, expert_N, experts)
+        if self.config.router == "base_layer":
+            chosen_N1 = scores_NE.gather(1, expert_N.unsqueeze(1))
+            share_N1 = (
+                in_vectors(torch.sigmoid, chosen_N1) if self.tile_rows else chosen_N1.sigmoid()
+            )
+            update_ND = update_ND * share_N1.to(update_ND.dtype)
+        return x + update_ND.view_as(x)
+
+    def compute(self, x_ND: Tensor, expert_N: Tensor, experts: ExpertSource) -> Tensor:
+        """What the experts add to each token, (N, D): those that are wanted are borrowed once.
+
+        Gradients may flow if the weights stay where they are, as those of ResidentExperts do.
+        """
         order_N = expert_N.argsort(stable=True)
         counts_E = count_tokens(expert_N, self.config.num_experts)
         rows = dict(enumerate(torch.split(order_N, counts_E)))
@@ -109,14 +123,7 @@ class MoELayer(nn.Module):
             parts.append(feed_forward(x_ND[rows_R], weights, self.config, self.tile_rows))
             rows_seen.append(rows_R)
         back_N = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
-        update_ND = torch.cat(parts)[back_N]
-        if self.config.router == "base_layer":
-            chosen_N1 = scores_NE.gather(1, expert_N.unsqueeze(1))
-            share_N1 = (
-                in_vectors(torch.sigmoid, chosen_N1) if self.tile_rows else chosen_N1.sigmoid()
-            )
-            update_ND = update_ND * share_N1.to(update_ND.dtype)
-        return x + update_ND.view_as(x)
+        return torch.cat(parts)[back_N]
 
 
 class ResidentExperts(nn.Module):

@@ -1,0 +1,67 @@
+"""Adapter folders: soft prompts on the disk, as PEFT and the server read them."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.adapters import OURS, PEFT_CONFIG, TENSORS, VECTORS, Slots
+from engine.adapters_manifest import write_manifest
+from engine.checkpoint_writer import sync
+from engine.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """What a folder tells beside the vectors. `about`: see `engine.adapters.ABOUT`."""
+
+    slots: Slots
+    version: str | None = None
+    base_fingerprint: str | None = None
+    base_name: str | None = None
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
+
+
+def write_adapter(
+    folder: Path, prompt_PD: Tensor, config: ModelConfig, facts: AdapterFacts
+) -> None:
+    """Write an adapter; the folder appears when it is complete, and replaces an older one."""
+    peft = {
+        "base_model_name_or_path": facts.base_name,
+        "inference_mode": True,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": len(prompt_PD),
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "task_type": "SEQ_2_SEQ_LM",
+        "token_dim": config.d_model,
+    }
+    ours: dict[str, Any] = {
+        "slots": {name: value for name, value in asdict(facts.slots).items() if value},
+        "version": facts.version,
+        "base_fingerprint": facts.base_fingerprint,
+        "defaults": dict(facts.defaults),
+    }
+    ours = {name: value for name, value in ours.items() if value} | dict(facts.about)
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name, values in ((PEFT_CONFIG, peft), (OURS, ours)):
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (staging / name).write_text(text, encoding="utf-8")
+    vectors = prompt_PD.detach().to("cpu", torch.float32).contiguous()
+    save_file({VECTORS: vectors}, staging / TENSORS, metadata={"format": "pt"})
+    write_manifest(staging)
+    sync(*staging.iterdir(), staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.replace(folder)
+    sync(folder.parent)

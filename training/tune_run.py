@@ -1,0 +1,230 @@
+"""A whole tuning run: read and check the data, load the model, train, write what came of it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.adapters import Adapter, Slots, load_adapter, model_fingerprint
+from engine.checkpoint import find_tokenizer_files, save_model
+from engine.checkpoint_any import load_any
+from engine.config import ModelConfig
+from engine.errors import ConfigError
+from engine.experts import load_offloaded
+from engine.model.transformer import Transformer, num_parameters
+from engine.tokenizer import Tokenizer, open_tokenizer
+from training.growth_files import check_free, read_model_config
+from training.recipe import build_table, read_tables
+from training.task_eval import TaskReport, evaluate_task
+from training.task_examples import make_slots, read_examples
+from training.tasks import Task, open_task
+from training.tune import OnStep, TuneData, TuneSettings, tune
+from training.tune_files import AdapterFacts, write_adapter
+from training.tune_model import Scorer, SoftPrompt
+from training.tune_start import STARTS, start_prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunePlan:
+    """What is tuned on what, and where it goes; `experts_bytes` keeps experts on the disk."""
+
+    model: Path
+    data: Path
+    out: Path
+    task: Task
+    dev: Path | None = None
+    run: Path | None = None
+    version: str = "1"
+    dtype: torch.dtype | None = None
+    experts_bytes: int | None = None
+    settings: TuneSettings = TuneSettings()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its state."""
+        return self.run or self.out.with_name(f"{self.out.name}.run")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    report: TaskReport | None
+    num_trained: int
+    num_parameters: int
+    adapter: Path | None
+    model: Path | None
+
+
+RECIPE_KEYS = ("model", "data", "out", "task", "dev", "run", "version")
+
+
+def read_tune_recipe(path: Path) -> TunePlan:
+    """Read a plan from a TOML file; paths in it are relative to its folder.
+
+    Raises ConfigError that names the file and the key.
+    """
+    values = read_tables(path)
+    try:
+        if unknown := sorted(values.keys() - {*RECIPE_KEYS, "tune"}):
+            known = ", ".join((*RECIPE_KEYS, "[tune]"))
+            raise ConfigError(f"unknown key {unknown[0]}; known: {known}")
+        if missing := [key for key in ("model", "data", "out", "task") if key not in values]:
+            raise ConfigError(f"lacks {', '.join(missing)}")
+        for key in RECIPE_KEYS:
+            if not isinstance(values.get(key, ""), str):
+                raise ConfigError(f"{key} is {values[key]!r}; expected a text")
+        table = dict(values.get("tune", {}))
+        optional = {
+            key: table.pop(key)
+            for key in ("learning_rate", "front", "middle", "back")
+            if key in table
+        }
+        settings = replace(build_table(TuneSettings, table, "tune"), **optional)
+        paths: dict[str, Any] = {
+            key: path.parent / values[key]
+            for key in ("model", "data", "out", "dev", "run")
+            if key in values
+        }
+        task = values["task"]
+        task = open_task(str(path.parent / task) if task.endswith(".toml") else task)
+        version = values.get("version", "1")
+        return TunePlan(**paths, task=task, version=version, settings=settings)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def run_tune(plan: TunePlan, on_step: OnStep = lambda _: None) -> Outcome:
+    """Tune as planned. All data is checked before the model is loaded.
+
+    Without `full` an adapter is written to `out`; with it the folders `model` and, if the run began
+    from an adapter, `adapter` in it.
+    Raises ValueError or an EngineError child for data, settings or files that do not fit.
+    """
+    settings, task = plan.settings, plan.task
+    check_free(plan.out)
+    config = read_model_config(plan.model)
+    tokenizer = open_tokenizer(plan.model, config.tokenizer)
+    slots = _slots(plan, config, tokenizer)
+    vectors = slots.num_vectors if slots else 0
+    train = read_examples(plan.data, task, tokenizer, config, vectors)
+    dev = read_examples(plan.dev, task, tokenizer, config, vectors) if plan.dev else []
+    with open_model(plan.model, plan.dtype, plan.experts_bytes) as model:
+        prompt = None
+        if slots is not None:
+            prompt = start_prompt(
+                settings.init, slots, model, tokenizer, task, train, settings.seed
+            )
+        scorer = Scorer(model, tokenizer, prompt)
+        fingerprint = model_fingerprint(model)  # before the weights change
+        key = _key(plan, fingerprint)
+        report = tune(scorer, TuneData(train, dev), task, settings, plan.run_folder, key, on_step)
+        return _write(plan, scorer, report)
+
+
+def evaluate_model(
+    path: Path,
+    data: Path,
+    task: Task,
+    adapter: Path | None = None,
+    dtype: torch.dtype | None = None,
+    rows: int = 16,
+    *,
+    is_any_base_allowed: bool = False,
+) -> TaskReport:
+    """How well a model directory does a task, with or without an adapter."""
+    config = read_model_config(path)
+    tokenizer = open_tokenizer(path, config.tokenizer)
+    found = None if adapter is None else load_adapter(adapter, config, torch.float32)
+    vectors = found.num_vectors if found else 0
+    examples = read_examples(data, task, tokenizer, config, vectors)
+    with open_model(path, dtype, None) as model:
+        if adapter is not None and not is_any_base_allowed:
+            load_adapter(adapter, config, torch.float32, fingerprint=model_fingerprint(model))
+        prompt = None if found is None else prompt_of(found)
+        return evaluate_task(Scorer(model, tokenizer, prompt), examples, task, rows)
+
+
+def prompt_of(adapter: Adapter) -> SoftPrompt:
+    """An adapter as a prompt that can be asked or trained."""
+    return SoftPrompt(adapter.prompt_PD, adapter.slots)
+
+
+@contextmanager
+def open_model(
+    path: Path, dtype: torch.dtype | None, experts_bytes: int | None
+) -> Iterator[Transformer]:
+    """The model of a directory, its experts in memory or in slots of so many bytes."""
+    if experts_bytes is None:
+        yield load_any(path, dtype)
+        return
+    model, experts = load_offloaded(path, dtype, experts_bytes)
+    with experts:
+        yield model
+
+
+def _slots(plan: TunePlan, config: ModelConfig, tokenizer: Tokenizer) -> Slots | None:
+    """Where vectors go; none for full fine-tuning that begins from no adapter."""
+    settings = plan.settings
+    counts = (settings.front, settings.middle, settings.back)
+    if settings.init in STARTS:
+        return None if settings.full else make_slots(plan.task, tokenizer, *counts)
+    path = Path(settings.init)
+    if not path.is_dir():
+        known = ", ".join(STARTS)
+        raise ConfigError(f"init is {settings.init!r}; give an adapter's folder or one of: {known}")
+    if counts == (None, None, None):
+        found = load_adapter(path, config, torch.float32).slots
+        counts = (found.front, found.middle, found.back)
+    return make_slots(plan.task, tokenizer, *counts)
+
+
+def _key(plan: TunePlan, fingerprint: str) -> str:
+    """Tells runs apart: settings, task, data and model."""
+    settings = {name: value for name, value in asdict(plan.settings).items() if name != "steps"}
+    told = [json.dumps(settings, sort_keys=True), repr(plan.task), fingerprint, str(plan.dtype)]
+    digest = hashlib.sha256("\n".join(told).encode())
+    for path in (plan.data, plan.dev):
+        if path is not None:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in files:
+                if file.is_file():
+                    digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _write(plan: TunePlan, scorer: Scorer, report: TaskReport | None) -> Outcome:
+    model, prompt, task = scorer.model, scorer.prompt, plan.task
+    total = num_parameters(model)
+    trained = prompt.prompt_PD.numel() if prompt is not None else 0
+    folder = None
+    if plan.settings.full:
+        trained += sum(p.numel() for p in model.parameters() if p.requires_grad)
+        plan.out.mkdir(parents=True, exist_ok=True)
+        files = find_tokenizer_files(plan.model)
+        save_model(model, plan.out / "model", tokenizer_files=files.values())
+    if prompt is not None:
+        folder = plan.out / "adapter" if plan.settings.full else plan.out
+        about: dict[str, object] = {"task": task.name, "template": task.template}
+        if task.labels:
+            about["labels"] = {label: list(words) for label, words in task.labels.items()}
+        if report is not None:
+            about["score"] = report.as_score()
+        is_text = task.kind == "generate"
+        facts = AdapterFacts(
+            slots=prompt.slots,
+            version=plan.version,
+            base_fingerprint=model_fingerprint(model),
+            base_name=plan.model.name,
+            defaults={"max_tokens": task.max_tokens, "temperature": 0.0} if is_text else {},
+            about=about,
+        )
+        write_adapter(folder, prompt.prompt_PD, model.config, facts)
+        load_adapter(folder, model.config, torch.float32)  # what cannot be read is told here
+    written = plan.out / "model" if plan.settings.full else None
+    return Outcome(report, trained, total, folder, written)
