@@ -17,7 +17,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint bench image-test story clean
+.PHONY: serve test check lint bench test-ray image-test story clean
 
 serve: $(VENV)/.serve
 	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -34,6 +34,10 @@ check: lint test
 
 bench: $(VENV)/.serve
 	$(BIN)/infmoe bench $(MODEL)
+
+# On a Ray of its own; minutes, so not a part of `test`.
+test-ray: $(VENV)/.ray
+	$(BIN)/python -m pytest tests/test_server_ray.py tests/test_server_ray_calls.py
 
 image-test:
 	docker/test-image.sh || test $$? -eq 77
@@ -64,6 +68,10 @@ $(VENV)/.test: $(VENV)/.serve
 $(VENV)/.clients: $(VENV)/.test
 	$(PIP) -c constraints.txt -e ".[clients]"
 	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)/node openai@6
+	touch $@
+
+$(VENV)/.ray: $(VENV)/.test
+	$(PIP) -c constraints.txt -e ".[ray]"
 	touch $@
 
 # What checks the files of docker/; Debian's prometheus has two more, without which tests are skipped.

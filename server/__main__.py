@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("server.cli", "serve", "Serve a model over HTTP."),
+    "ray": Command("server.cli_ray", "ray", "Serve a model by several replicas on Ray."),
     "health": Command("server.cli_health", "health", "Tell whether a server is well."),
     "keys": Command("server.cli_keys", "app", "Make, list and revoke the keys of a server."),
     "generate": Command("engine.cli", "generate", "Continue a text or fill its blanks."),
@@ -48,7 +49,9 @@ COMMANDS = {
     "story": Command("training.cli_story", "story", "Grow and train a model stage by stage."),
     "lifelong": Command("training.cli_story", "lifelong", "Train on a stream of domains."),
     "grow": Command("training.cli_growth", "grow", "Grow a model without losing what it learnt."),
-    "adapter": Command("training.cli_growth", "app", "Carry soft prompts to a grown model."),
+    "adapter": Command("training.cli_adapters", "app", "List, check, import and export prompts."),
+    "tune": Command("training.cli_tune", "tune", "Train a soft prompt for a task."),
+    "eval-task": Command("training.cli_tune", "eval_task", "Score a model on labelled rows."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),
 }
 

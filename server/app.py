@@ -45,6 +45,7 @@ def create_app(
         redirect_slashes=False,
     )
     adapters = open_adapters(engine, settings)
+    app.state.adapters = adapters  # for who has to know what this server holds
     if adapters is not None:
         metrics.watch_adapters(adapters.store)
     if settings.adapters is not None:

@@ -63,6 +63,18 @@ def test_the_greatest_version_is_current_and_numbers_count_as_numbers(tmp_path):
     assert states(store, "task") == {"v10": "resident", "v9": "discovered", "v2": "resident"}
 
 
+def test_resident_are_those_in_memory(tmp_path):
+    for name in ("two", "one", "never"):
+        put(tmp_path, name, "1")
+    store = open_store(tmp_path)
+    assert store.resident() == []
+    store.resolve("two")
+    store.resolve("one")
+    assert store.resident() == ["one@1", "two@1"]
+    store.unload("two")
+    assert store.resident() == ["one@1"]
+
+
 def test_natural_order():
     names = ["1.10", "1.9", "2", "10", "beta", "1.x", "1"]
     assert sorted(names, key=natural_order) == ["1", "1.9", "1.10", "1.x", "2", "10", "beta"]
