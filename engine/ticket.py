@@ -1,7 +1,6 @@
 """One accepted request on its way between the event loop and the engine thread."""
 
 import asyncio
-import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from time import perf_counter
@@ -21,14 +20,18 @@ class Ticket:
         self.request = request
         self.num_tokens = num_tokens
         self.submitted = perf_counter()
-        self.cancelled = threading.Event()
+        self._is_cancelled = False  # read by other threads, and only ever set
         self._loop = loop
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._done = False
 
     def is_cancelled(self) -> bool:
         """Whether nobody listens any more."""
-        return self.cancelled.is_set()
+        return self._is_cancelled
+
+    def cancel(self) -> None:
+        """Note that nobody listens any more; from any thread."""
+        self._is_cancelled = True
 
     def put(self, event: Event) -> None:
         """Hand an event over, from another thread than the loop's."""
@@ -58,7 +61,7 @@ class Ticket:
     async def aclose(self) -> None:
         """Stop listening; the engine drops the request at its next step."""
         self._done = True
-        self.cancelled.set()
+        self.cancel()
         self._events.put_nowait(None)  # for who waits for an event: none will come
 
 
@@ -75,7 +78,7 @@ def put_all(told: Iterable[tuple[Ticket, Event]]) -> None:
             loop.call_soon_threadsafe(_take_each, pairs)
         except RuntimeError:  # the loop is closed: nobody listens any more
             for ticket, _ in pairs:
-                ticket.cancelled.set()
+                ticket.cancel()
 
 
 def _take_each(pairs: list[tuple[Ticket, Event]]) -> None:

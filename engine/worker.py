@@ -384,5 +384,5 @@ class Worker:
 def _fail(tickets: list[Ticket], failure: Failed) -> None:
     """End tickets that are taken out; the engine may still hold them, and has to let them go."""
     for ticket in tickets:
-        ticket.cancelled.set()
+        ticket.cancel()
         ticket.put(failure)
