@@ -21,7 +21,7 @@ from engine.checkpoint_tensors import (
     raw_bytes,
     read_json,
 )
-from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
 
@@ -250,14 +250,15 @@ def _read_peft_config(path: Path, config: ModelConfig) -> tuple[int, int]:
     reads (its forward pass puts the first half before the encoder's input).
     """
     values = read_json(path)
-    allowed = {"peft_type": ("PROMPT_TUNING",), "task_type": ("SEQ_2_SEQ_LM", None)}
+    task = "CAUSAL_LM" if config.is_decoder_only else "SEQ_2_SEQ_LM"
+    allowed = {"peft_type": ("PROMPT_TUNING",), "task_type": (task, None)}
     allowed_ints = {"num_transformer_submodules": (1, 2, None), "token_dim": (config.d_model, None)}
     for key, choices in (allowed | allowed_ints).items():
         if values.get(key) not in choices:
             named = " or ".join(str(choice) for choice in choices if choice is not None)
             raise CheckpointError(f"{path}: {key} is {values.get(key)!r}; expected {named}")
     num_vectors = values.get("num_virtual_tokens")
-    longest = config.max_positions * LENGTH_FACTOR - 1  # a text has one token at least
+    longest = config.max_prompt_tokens - 1  # a text has one token at least
     if type(num_vectors) is not int or not 1 <= num_vectors <= longest:
         raise CheckpointError(
             f"{path}: num_virtual_tokens is {num_vectors!r}; allowed: 1 to {longest}, which leaves "

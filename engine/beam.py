@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import EngineError, RequestError
 from engine.generation import Generation
-from engine.model.transformer import DecoderCache, Transformer
+from engine.model.blocks import DecoderCache
+from engine.model.transformer import Transformer
 from engine.request import Answer, BeamParams, Request
 from engine.sources import gather
 from engine.tokenizer import Tokenizer

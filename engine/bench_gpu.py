@@ -26,8 +26,9 @@ from engine.footprint import Workload, dense_bytes
 from engine.loading import make_storage, plan_loading
 from engine.machine import dram_rate, hbm_rate, link_rate
 from engine.memory import gpu_memory
+from engine.model.initial import random_weight
 from engine.model.layers import FeedForwardWeights
-from engine.model.transformer import Transformer, random_weight
+from engine.model.transformer import Transformer
 from offload.bank import HostBank, fill_bank
 from offload.cuda import missing_for_cuda, open_cuda_device
 from offload.device import Bytes, Device, map_rows, open_host_device

@@ -5,7 +5,9 @@ from operator import ge
 import torch
 from torch import Tensor
 
-from engine.model.transformer import DecoderCache, Transformer
+from engine.model.blocks import DecoderCache
+from engine.model.context import arena_of
+from engine.model.transformer import Transformer
 
 STEP = 64  # positions by which the arenas grow
 MAX_ROWS = 64  # for which room is made in advance
@@ -18,9 +20,10 @@ class RowCache:
 
     Arenas: self-attention (L, 2, R, T, H, K), cross-attention (L, 2, R, S, H, K); 2 is keys and
     values. With positions before heads, new keys are written as they come (32 rows of 12 x 64: 12.9
-    -> 8.6 us), and attention is as fast. They grow when rows run out or one is longer than any, to
-    whole STEPs and more rows than are needed. Old and new arenas together stay within
-    `limit_bytes`, where one row alone can.
+    -> 8.6 us), and attention is as fast. A decoder-only model has no cross-attention; what it has
+    read of a source stands in front of the other positions of its row. Arenas grow when rows run
+    out or one is longer than any, to whole STEPs and more rows than are needed. Old and new ones
+    together stay within `limit_bytes`, where one row alone can.
     """
 
     def __init__(self, model: Transformer, limit_bytes: int | None = None) -> None:
@@ -48,6 +51,7 @@ class RowCache:
         """Whether rows of those lengths can be added within the limit; the first one always can."""
         if self._limit_bytes is None or len(self) + len(sources) == 1:
             return True
+        sources, capacities = self._lanes(sources, capacities)
         shape = self._shape_for(len(self) + len(sources), max(capacities), max(sources))
         return self._bytes_while_growing(shape) <= self._limit_bytes
 
@@ -57,6 +61,9 @@ class RowCache:
         `capacities` are the decoder positions that each may fill. Where it raises, for want of
         memory say, nothing was added.
         """
+        if self._model.config.is_decoder_only:
+            self._append_context(encoded_BSD, sources, capacities)
+            return
         begin, end = len(self), len(self) + len(sources)
         longest = max(sources)
         self._reserve(end, max(capacities), longest)
@@ -72,6 +79,27 @@ class RowCache:
         self._sources += sources
         self._capacities += capacities
         self._filled += [0] * len(sources)
+
+    def _append_context(
+        self, context_BSW: Tensor, sources: list[int], capacities: list[int]
+    ) -> None:
+        """Add rows of a decoder-only model, with what it has read of each."""
+        begin, end, longest = len(self), len(self) + len(sources), max(sources)
+        nothing, capacities = self._lanes(sources, capacities)
+        self._reserve(end, max(capacities), 0)
+        context = arena_of(context_BSW[:, :longest], self._model.config)
+        self._self[:, :, begin:end, :longest] = context
+        self._lengths[begin:end] = torch.tensor(sources, device=self._device)
+        self._sources += nothing
+        self._capacities += capacities
+        self._filled += sources
+
+    def _lanes(self, sources: list[int], capacities: list[int]) -> tuple[list[int], list[int]]:
+        """Positions of cross-attention and of self-attention that rows take."""
+        if not self._model.config.is_decoder_only:
+            return sources, capacities
+        together = [sum(pair) for pair in zip(sources, capacities, strict=True)]
+        return [0] * len(sources), together
 
     def wipe(self, row: int) -> None:
         """Clear a row: NaN that is left behind a mask would spoil whoever comes to stand there."""
@@ -101,11 +129,12 @@ class RowCache:
         source = max(self._sources[rows])
         own = self._self[:, :, rows].transpose(3, 4)
         cross = self._cross[:, :, rows, :source].transpose(3, 4)
+        has_cross = not self._model.config.is_decoder_only
         return DecoderCache(
             list(own[:, 0]),
             list(own[:, 1]),
-            list(cross[:, 0]),
-            list(cross[:, 1]),
+            list(cross[:, 0]) if has_cross else [],
+            list(cross[:, 1]) if has_cross else [],
             self._bias[rows, ..., :source],
             self._lengths[rows],
             max(self._filled[rows]),
@@ -159,12 +188,12 @@ class RowCache:
     def _bytes_of(self, rows: int, capacity: int, source: int) -> int:
         """Bytes of arenas of a shape, with mask and lengths."""
         config, size = self._model.config, self._dtype.itemsize
-        per_position = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * size
+        per_position = 2 * config.num_decoder_layers * config.kv_heads * config.d_kv * size
         return rows * (per_position * (capacity + source) + source * size + 8)
 
     def _arena(self, rows: int, positions: int) -> Tensor:
         config = self._model.config
-        shape = (config.num_decoder_layers, 2, rows, positions, config.num_heads, config.d_kv)
+        shape = (config.num_decoder_layers, 2, rows, positions, config.kv_heads, config.d_kv)
         # zeros: what is masked is multiplied by nought, which does not help against NaN
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 

@@ -287,5 +287,5 @@ def _unstack(
     if missing := [key for key, tensor in tensors.items() if tensor is None]:
         raise CheckpointError(f"the model to be saved: has no {prefix}{missing[0]}")
     stacked = {key: tensor for key, tensor in tensors.items() if tensor is not None}
-    for expert in range(len(stacked["norm"])):
+    for expert in range(config.num_experts):
         yield {key: tensor[expert] for key, tensor in stacked.items()}

@@ -25,6 +25,8 @@ from engine.quantize import SCALE, quantize_matrices, stored_tensors
 from offload.layout import BlobLayout, Quantization, make_layout
 from offload.store import ExpertStore
 
+BIASES = ("bi_0", "bi_1", "bo")
+
 
 def expert_layout(
     config: ModelConfig, dtype: torch.dtype, quantization: Quantization = "none"
@@ -55,7 +57,8 @@ def expert_bytes(
         names = config.expert_shapes().keys()
         stored = {key: convert_tensor(where, key, tensors[key], dtype) for key in names}
     else:
-        stored = {"norm": convert_tensor(where, "norm", tensors["norm"], dtype)}
+        vectors = [name for name, part in tensors.items() if part.ndim == 1]
+        stored = {name: convert_tensor(where, name, tensors[name], dtype) for name in vectors}
         try:
             stored.update(quantize_matrices(tensors, config, quantization))
         except ValueError as error:
@@ -66,16 +69,19 @@ def expert_bytes(
 def expert_weights(blob: Blob, layout: BlobLayout) -> FeedForwardWeights:
     """The weights of one expert as views of its blob."""
     tensors = blob_tensors(blob, layout)
-    gate = _matrix(tensors, "wi_1", layout) if "wi_1" in tensors else None
     return FeedForwardWeights(
-        tensors["norm"], _matrix(tensors, "wi_0", layout), gate, _matrix(tensors, "wo", layout)
+        norm=tensors.get("norm"),
+        wi_0=_matrix(tensors, "wi_0", layout),
+        wi_1=_matrix(tensors, "wi_1", layout) if "wi_1" in tensors else None,
+        wo=_matrix(tensors, "wo", layout),
+        **{name: tensors[name] for name in BIASES if name in tensors},
     )
 
 
 def float_tensors(blob: Blob, layout: BlobLayout) -> dict[str, Tensor]:
-    """The tensors of one expert, dequantised if need be to the dtype of the norm, else as views."""
+    """The tensors of one expert, dequantised if need be to `layout_dtype`, else as views."""
     weights = expert_weights(blob, layout)._asdict()
-    dtype = weights["norm"].dtype
+    dtype = DTYPES[layout_dtype(layout)]
     return {
         name: part if isinstance(part, Tensor) else part.dequantize(dtype)
         for name, part in weights.items()
@@ -91,13 +97,24 @@ def _matrix(tensors: Mapping[str, Tensor], name: str, layout: BlobLayout) -> Mat
     return kind(tensors[name], scale)
 
 
+def layout_dtype(layout: BlobLayout) -> str:
+    """The dtype that experts are computed in: that of vectors, which are never quantised.
+
+    Quantised experts without vectors are computed in bf16, which their scales are stored in.
+    """
+    scale = SCALE.get(layout.quantization, "")
+    plain = (spec for spec in layout.tensors if not scale or not spec.name.endswith(scale))
+    vectors = [spec.dtype for spec in plain if not scale or len(spec.shape) == 1]
+    return vectors[0] if vectors else "BF16"
+
+
 def check_store(store: ExpertStore, layer: str, config: ModelConfig) -> None:
     """Raise CheckpointError unless a store holds the experts of that layer of the model."""
     layout = store.layout
-    dtype = next((spec.dtype for spec in layout.tensors if spec.name == "norm"), "no norm")
+    dtype = layout_dtype(layout)
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"{store.path}: the norm is {dtype}, expected one of {', '.join(DTYPES)}"
+            f"{store.path}: experts are {dtype}, expected one of {', '.join(DTYPES)}"
         )
     try:
         expected = expert_layout(config, DTYPES[dtype], layout.quantization)

@@ -5,12 +5,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
+from engine.config_parts import LatentAttention, Rotary, read_part
 from engine.errors import ConfigError
 
 Stack = Literal["encoder", "decoder"]
-Activation = Literal["gelu_tanh", "relu"]
-Router = Literal["cpm_2", "base_layer", "default"]
-TokenizerKind = Literal["cpm2_zh", "cpm2_zh_en", "sentencepiece", "bytes"]
+Activation = Literal["gelu_tanh", "relu", "gelu", "silu", "clamped_swiglu"]
+Router = Literal["cpm_2", "base_layer", "default", "softmax", "sigmoid", "sparsemixer"]
+TokenizerKind = Literal["cpm2_zh", "cpm2_zh_en", "sentencepiece", "bytes", "tokenizer_json", "cpm1"]
+Norm = Literal["rms", "layer"]
+Positions = Literal["relative", "rotary", "learned", "sinusoidal"]
+QueryKeyNorm = Literal["none", "head", "width"]
 
 FORMAT_VERSION = 1
 LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
@@ -18,15 +22,28 @@ LENGTH_FACTOR = 4  # relative positions reach further than training did, but not
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Sizes and variants of one encoder-decoder of the T5 family. Widths in elements.
+    """Sizes and variants of one transformer. Widths in elements.
 
-    `num_experts` 0 means dense; otherwise every feed-forward of both stacks is a MoE layer, routed
-    by `router` (cpm_2, base_layer, default: the variants of InfMoE). `scale_logits` multiplies the
+    `num_encoder_layers` 0 means decoder-only: the prompt is read by the decoder itself.
+    `num_experts` 0 means dense; otherwise every feed-forward, but those of `dense_layers`
+    ('decoder-0'), is a MoE layer, routed by `router` (cpm_2, base_layer, default: the variants of
+    InfMoE, top-1; softmax, sigmoid, sparsemixer: `num_experts_per_token` experts weighed by their
+    gates, `engine/model/topk.py`). `scale_logits` multiplies the
     last hidden state by d_model ** -0.5 (T5 v1.0). `max_positions` is the longest encoder input
     that the model was trained on; relative positions set no hard limit. `continuation_sentinel` is
     the index of the sentinel that ends an encoder text to be continued (0 CPM-2, -1 the last one:
     CPM-2.1), None for a model that takes the text as it is and closes it with the first of
-    `eos_token_ids` (T5).
+    `eos_token_ids` (T5). A decoder-only model has none; it reads `begin_token_ids` before a text.
+
+    `num_kv_heads` 0: as many as heads. `attention_scale` multiplies queries by keys. `norm_bias`,
+    `qkv_bias`, `out_bias`, `ff_bias`, `head_bias`, `router_bias`: whether those products have
+    biases; `expert_bias` for experts. `windows`: positions that each decoder layer looks back, 0
+    for all; empty: all. `attention_sinks`: a learned score per head that takes a share of attention
+    and gives nothing. `expert_d_ff` 0: `d_ff`. `shared_d_ff`: width of the expert that all tokens
+    go through beside the routed ones, 0 for none; `shared_gate` weighs it by a sigmoid.
+    `choice_bias` is added to scores for choosing experts only; they are chosen among the best
+    `top_groups` of `expert_groups`. `normalize_gates` makes the chosen gates sum to 1, then
+    `routed_scale` multiplies them.
 
     Source: CPM-2 (arXiv:2106.10715) table 1; T5 (arXiv:1910.10683).
     """
@@ -53,12 +70,46 @@ class ModelConfig:
     decoder_start_token_id: int = 1
     eos_token_ids: tuple[int, ...] = ()
     continuation_sentinel: int | None = 0
+    positions: Positions = "relative"
+    rotary: Rotary | None = None
+    position_offset: int = 0
+    norm: Norm = "rms"
+    norm_bias: bool = False
+    embedding_scale: float = 1.0
+    num_kv_heads: int = 0
+    attention_scale: float = 1.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    query_key_norm: QueryKeyNorm = "none"
+    clip_qkv: float = 0.0
+    windows: tuple[int, ...] = ()
+    attention_sinks: bool = False
+    latent: LatentAttention | None = None
+    ff_bias: bool = False
+    head_bias: bool = False
+    dense_layers: tuple[str, ...] = ()
+    num_experts_per_token: int = 1
+    expert_d_ff: int = 0
+    expert_bias: bool = False
+    shared_d_ff: int = 0
+    shared_gate: bool = False
+    router_bias: bool = False
+    choice_bias: bool = False
+    router_jitter: float = 0.01
+    normalize_gates: bool = False
+    routed_scale: float = 1.0
+    expert_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["best", "best_two"] = "best"
+    begin_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in POSITIVE_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in (*POSITIVE_FIELDS, *COUNT_FIELDS):
+            value, least = getattr(self, name), int(name in POSITIVE_FIELDS)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}"
+                )
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -76,9 +127,69 @@ class ModelConfig:
                 f"relative_max_distance {self.relative_max_distance}"
             )
         self._check_ids()
+        self._check_attention()
+        self._check_experts()
+
+    def _check_attention(self) -> None:
+        if (self.positions == "rotary") != (self.rotary is not None):
+            raise ConfigError(f"positions is {self.positions!r}, but rotary is {self.rotary!r}")
+        if self.is_decoder_only and self.positions == "relative":
+            raise ConfigError("a decoder-only model has rotary, learned or sinusoidal positions")
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, {self.num_heads}"
+            )
+        if self.rotary is not None and self.rotary.width > self.d_kv:
+            raise ConfigError(
+                f"rotary width is {self.rotary.width}; it must be at most d_kv, {self.d_kv}"
+            )
+        if self.windows and len(self.windows) != self.num_decoder_layers:
+            raise ConfigError(
+                f"windows has {len(self.windows)} numbers for {self.num_decoder_layers} layers"
+            )
+        latent, rotary = self.latent, self.rotary
+        if latent is not None and (
+            rotary is None
+            or latent.plain_width + rotary.width != self.d_kv
+            or latent.value_width > self.d_kv
+            or self.kv_heads != self.num_heads
+        ):
+            raise ConfigError(
+                f"latent attention: plain_width {latent.plain_width} and the rotary width must sum "
+                f"to d_kv, {self.d_kv}, value_width {latent.value_width} lie within it, and each "
+                "head has keys of its own"
+            )
+
+    def _check_experts(self) -> None:
+        if unknown := sorted({*self.dense_layers} - {*self._all_layers()}):
+            raise ConfigError(f"dense_layers names {unknown[0]!r}, which is no layer")
+        if not self.num_experts:
+            return
+        if not 1 <= self.num_experts_per_token <= self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_token is {self.num_experts_per_token}; "
+                f"allowed: 1 to {self.num_experts}"
+            )
+        if not self.is_top_k and self.num_experts_per_token != 1:
+            raise ConfigError(f"router {self.router!r} takes one expert per token")
+        groups, best, taken = self.expert_groups, self.top_groups, self.num_experts_per_token
+        if (
+            self.num_experts % groups
+            or best > groups
+            or taken > best * (self.num_experts // groups)
+        ):
+            raise ConfigError(
+                f"expert_groups {groups} must divide num_experts {self.num_experts}, top_groups "
+                f"{best} be at most that and hold the {taken} experts of a token"
+            )
 
     def _check_ids(self) -> None:
-        ids = (self.pad_token_id, self.decoder_start_token_id, *self.eos_token_ids)
+        ids = (
+            self.pad_token_id,
+            self.decoder_start_token_id,
+            *self.eos_token_ids,
+            *self.begin_token_ids,
+        )
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ConfigError(
@@ -89,20 +200,55 @@ class ModelConfig:
         """Number of blocks of a stack."""
         return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
 
+    @property
+    def is_decoder_only(self) -> bool:
+        """Whether there is no encoder: the decoder reads the prompt itself."""
+        return not self.num_encoder_layers
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def is_top_k(self) -> bool:
+        """Whether experts are weighed by gates, and the norm is the layer's and not theirs."""
+        return self.router in ("softmax", "sigmoid", "sparsemixer")
+
+    @property
+    def expert_width(self) -> int:
+        """Feed-forward width of an expert."""
+        return self.expert_d_ff or self.d_ff
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt, soft prompt included, that is accepted."""
+        return self.max_positions * (1 if self.is_decoder_only else LENGTH_FACTOR)
+
+    def _all_layers(self) -> list[str]:
+        stacks: tuple[Stack, ...] = ("encoder", "decoder")
+        return [f"{stack}-{i}" for stack in stacks for i in range(self.num_layers(stack))]
+
     def moe_layers(self) -> list[str]:
         """Names of the MoE layers in order of computation: 'encoder-0', ..., 'decoder-0', ..."""
         if not self.num_experts:
             return []
-        stacks: tuple[Stack, ...] = ("encoder", "decoder")
-        return [f"{stack}-{i}" for stack in stacks for i in range(self.num_layers(stack))]
+        return [layer for layer in self._all_layers() if layer not in self.dense_layers]
 
     def expert_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of one expert, in their order inside a blob."""
-        wide = (self.d_ff, self.d_model)
-        shapes: dict[str, tuple[int, ...]] = {"norm": (self.d_model,), "wi_0": wide}
+        width = self.expert_width
+        wide = (width, self.d_model)
+        shapes: dict[str, tuple[int, ...]] = {} if self.is_top_k else {"norm": (self.d_model,)}
+        shapes["wi_0"] = wide
         if self.gated:
             shapes["wi_1"] = wide
-        shapes["wo"] = (self.d_model, self.d_ff)
+        shapes["wo"] = (self.d_model, width)
+        if self.expert_bias:
+            shapes["bi_0"] = (width,)
+            if self.gated:
+                shapes["bi_1"] = (width,)
+            shapes["bo"] = (self.d_model,)
         return shapes
 
     def to_json(self) -> str:
@@ -119,16 +265,35 @@ POSITIVE_FIELDS = (
     "d_ff",
     "d_kv",
     "num_heads",
-    "num_encoder_layers",
     "num_decoder_layers",
+    "num_experts_per_token",
+    "expert_groups",
+    "top_groups",
     "relative_buckets",
     "relative_max_distance",
     "max_positions",
+)
+COUNT_FIELDS = (
+    "num_encoder_layers",
+    "num_kv_heads",
+    "expert_d_ff",
+    "shared_d_ff",
+    "position_offset",
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "router": get_args(Router),
     "activation": get_args(Activation),
     "tokenizer": get_args(TokenizerKind),
+    "positions": get_args(Positions),
+    "norm": get_args(Norm),
+    "query_key_norm": get_args(QueryKeyNorm),
+    "group_score": ("best", "best_two"),
+}
+LISTS: dict[str, type] = {
+    "eos_token_ids": int,
+    "begin_token_ids": int,
+    "windows": int,
+    "dense_layers": str,
 }
 
 
@@ -150,10 +315,16 @@ def config_from_dict(values: dict[str, object]) -> ModelConfig:
     sentinel = values.get("continuation_sentinel", 0)
     if sentinel is not None and type(sentinel) is not int:
         raise ConfigError(f"continuation_sentinel is {sentinel!r}; expected a whole number or null")
-    eos = values.get("eos_token_ids", ())
-    if not isinstance(eos, (list, tuple)) or not all(type(item) is int for item in eos):
-        raise ConfigError(f"eos_token_ids is {eos!r}; expected a list of token ids")
-    values["eos_token_ids"] = tuple(eos)
+    for key, item_kind in LISTS.items():
+        items = values.get(key, ())
+        if not isinstance(items, (list, tuple)) or not all(
+            type(item) is item_kind for item in items
+        ):
+            what = "token ids" if key.endswith("ids") else item_kind.__name__
+            raise ConfigError(f"{key} is {items!r}; expected a list of {what}")
+        values[key] = tuple(items)
+    values["rotary"] = read_part("rotary", Rotary, values.get("rotary"))
+    values["latent"] = read_part("latent", LatentAttention, values.get("latent"))
     try:
         return ModelConfig(**values)  # type: ignore[arg-type]  # checked above
     except TypeError as error:  # a required key is missing

@@ -2,7 +2,7 @@
 
 from engine.batch import MAX_PREFIX
 from engine.beam import require_no_blanks
-from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import RequestError
 from engine.footprint import Workload, cache_bytes
 from engine.model.transformer import Transformer
@@ -40,8 +40,10 @@ def check_task(request: Request, config: ModelConfig) -> None:
         raise RequestError(
             f"token id {unknown[0]} is outside the vocabulary of {config.vocab_size}", "choices"
         )
-    limit = config.max_positions * LENGTH_FACTOR
+    limit = config.max_prompt_tokens
     longest = max(map(len, task.choices)) + len(request.decoder_ids)
+    if config.is_decoder_only:
+        longest += request.source.num_positions + request.num_held
     if longest > limit:
         raise RequestError(f"a choice has {longest} tokens; the limit is {limit}", "choices")
     if not 0 <= task.top <= MAX_LOGPROBS:
@@ -55,7 +57,7 @@ def num_rows(request: Request) -> int:
 
 def target_tokens(request: Request) -> int:
     """Tokens that the decoder reads or makes for each row of a request, but for its start."""
-    task, given = request.task, len(request.decoder_ids)
+    task, given = request.task, len(request.decoder_ids) + request.num_held
     if isinstance(task, Continuations):
         return sum(given + len(choice) for choice in task.choices)
     return 0 if isinstance(task, Pooling) else given + request.params.max_tokens
@@ -74,5 +76,5 @@ def search_bytes(request: Request, model: Transformer) -> int:
 
 def row_bytes(model: Transformer, rows: int, source_tokens: int, target_tokens: int) -> int:
     """Bytes of the caches of rows of those lengths."""
-    load = Workload(rows=rows, source_tokens=source_tokens, target_tokens=target_tokens)
+    load = Workload(rows=rows, source_tokens=max(source_tokens, 1), target_tokens=target_tokens)
     return cache_bytes(model.config, model.embedding.weight.dtype, load)

@@ -105,7 +105,7 @@ def _key(request: Request) -> _Key | None:
         return None
     adapter = request.adapter
     name, slots = (adapter.reference, adapter.slots) if adapter else ("", None)
-    return _Key(request.salt, request.encoder_ids, name, slots)
+    return _Key(request.salt, request.source.ids, name, slots)
 
 
 def _is_of(entry: _Entry, request: Request) -> bool:

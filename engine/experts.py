@@ -16,8 +16,9 @@ from engine.checkpoint_tensors import DTYPES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.layers import FeedForwardWeights
-from engine.model.moe import MoELayer, count_tokens
+from engine.model.moe import count_tokens
 from engine.model.quantized import int4_fallback, int8_fallback
+from engine.model.topk import AnyMoE
 from engine.model.transformer import Transformer
 from engine.progress import OnBytes, ignore_bytes
 from engine.units import format_bytes
@@ -49,7 +50,7 @@ class OffloadedExperts:
     ) -> None:
         self._stores = stores
         self._pipeline = pipeline
-        self._following: dict[str, MoELayer] = {}
+        self._following: dict[str, AnyMoE] = {}
         self._guess: Guess | None = None
         self.plan = plan
 
@@ -69,8 +70,7 @@ class OffloadedExperts:
         if following is None or not self._pipeline.wants_guess(following.name):
             return
         with torch.no_grad():
-            expert_N = following.assign(following.scores(x_ND))
-            counts_E = count_tokens(expert_N, self.plan.experts_per_layer)
+            counts_E = count_tokens(following.choose(x_ND), self.plan.experts_per_layer)
         experts = sorted(
             filter(counts_E.__getitem__, range(len(counts_E))), key=lambda e: -counts_E[e]
         )

@@ -14,7 +14,7 @@ import torch
 
 from engine.checkpoint_tensors import Shape
 from engine.checkpoint_writer import dense_shapes
-from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.packed import PACKED_BLOCK
 from engine.model.quantized import CHUNK_OUTPUTS
@@ -24,6 +24,7 @@ PREFIX_TOKENS = 2  # the start id and the sentinel that the decoder answers to
 FLOAT_BYTES = 4  # norms, scores and probabilities are computed in fp32
 INDEX_BYTES = 8
 LENGTH_BYTES = 8  # of lengths_B
+SWEEP_TOKENS = 8192  # that are read at once, with padding; a longer prompt alone
 NEVER_PACKED = ("embedding.weight", "relative_bias.weight", "centroids")  # matrices of no product
 
 
@@ -49,7 +50,9 @@ class Workload:
 
 def largest_workload(config: ModelConfig, rows: int = 1) -> Workload:
     """The longest requests that are accepted at all."""
-    limit = config.max_positions * LENGTH_FACTOR
+    limit = config.max_prompt_tokens
+    if config.is_decoder_only:  # prompt and answer together
+        return Workload(rows=rows, source_tokens=max(limit - 1, 1), target_tokens=1)
     return Workload(rows=rows, source_tokens=limit, target_tokens=limit + PREFIX_TOKENS)
 
 
@@ -72,6 +75,8 @@ def dense_bytes(config: ModelConfig, dtype: torch.dtype) -> DenseBytes:
     shapes = dense_shapes(config)
     projections = {name for name in shapes if "cross_attention.key_value" in name}
     decoder = {name for name in shapes if name.startswith("decoder.")} - projections
+    if config.is_decoder_only:  # the prompt is read by the same weights
+        projections = decoder
     head = {"embedding.weight" if config.tied_embeddings else "lm_head.weight"}
     encoder = {name for name in shapes if name.startswith("encoder.")}
     return DenseBytes(
@@ -115,7 +120,7 @@ def cache_bytes(config: ModelConfig, dtype: torch.dtype, workload: Workload) -> 
 
     CPM-2, one row, S = T = 512, bf16: 2 * 24 * 64 * 64 * 1024 * 2 = 384 MiB, and 1,032 bytes.
     """
-    per_position = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * dtype.itemsize
+    per_position = 2 * config.num_decoder_layers * config.kv_heads * config.d_kv * dtype.itemsize
     positions = workload.source_tokens + workload.target_tokens
     mask = workload.source_tokens * dtype.itemsize
     return workload.rows * (per_position * positions + mask + LENGTH_BYTES)
@@ -132,6 +137,9 @@ def workspace_bytes(
     bias over T positions. Both: what a quantised matrix is dequantised to, a chunk on the CPU, the
     whole matrix on a GPU (`quantized_on_gpu`; None: not quantised).
     """
+    if config.is_decoder_only:
+        own = _decoder_only_bytes(config, dtype, workload)
+        return own + _dequantized_bytes(config, dtype, quantized_on_gpu)
     size, rows, source = dtype.itemsize, workload.rows, workload.source_tokens
     heads, inner = config.num_heads, config.num_heads * config.d_kv
     bias = (rows + 1) * heads * source**2 * size + rows * source**2 * (size + 1)
@@ -145,12 +153,31 @@ def workspace_bytes(
     return encoding + decoding + _dequantized_bytes(config, dtype, quantized_on_gpu)
 
 
+def _decoder_only_bytes(config: ModelConfig, dtype: torch.dtype, workload: Workload) -> int:
+    """The same of a decoder-only model, which reads as many prompts at once as a sweep may have.
+
+    Reading: mask, S*S thrice; per token as above, and the context. Decoding: scores of V, the mask.
+    """
+    size, source = dtype.itemsize, workload.source_tokens
+    rows = max(min(workload.rows, SWEEP_TOKENS // source), 1)
+    inner = config.num_heads * config.d_kv
+    context = 2 * config.num_decoder_layers * config.kv_heads * config.d_kv
+    most = config.num_experts_per_token
+    wide = max(config.d_ff, config.shared_d_ff, most * config.expert_width)
+    widths = (6 + 2 * most) * config.d_model + 6 * inner + 3 * wide
+    mask = rows * source**2 * (2 * size + 2) + source**2 * INDEX_BYTES
+    tokens = rows * source * ((widths + 2 * context) * size + 2 * config.d_model * FLOAT_BYTES)
+    keys = (source + workload.target_tokens) * (2 * size + INDEX_BYTES)
+    step = config.vocab_size * (size + 5 * INDEX_BYTES) + keys + widths * size
+    return mask + tokens + workload.rows * step
+
+
 def _dequantized_bytes(
     config: ModelConfig, dtype: torch.dtype, quantized_on_gpu: bool | None
 ) -> int:
     """Numbers before, while and after they are scaled, in fp32 for fp16."""
     if quantized_on_gpu is None:
         return 0
-    narrow, wide = sorted((config.d_model, config.d_ff))
+    narrow, wide = sorted((config.d_model, config.expert_width))
     elements = narrow * wide if quantized_on_gpu else CHUNK_OUTPUTS * wide
     return elements * (2 + 2 * FLOAT_BYTES + dtype.itemsize)

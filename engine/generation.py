@@ -1,8 +1,9 @@
 """One request from first token to last: what is allowed, which text is final, when to end."""
 
+import math
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -57,7 +58,9 @@ class Generation:
         self._sentinels = [tokenizer.sentinel_id(i) for i in range(tokenizer.num_sentinels)]
         self._ends = set(config.eos_token_ids)
         unnamed = range(tokenizer.vocab_size, config.vocab_size)
-        marks = {config.pad_token_id, config.decoder_start_token_id, *tokenizer.control_ids}
+        marks = {config.pad_token_id, *tokenizer.control_ids}
+        if not config.is_decoder_only:
+            marks.add(config.decoder_start_token_id)
         self._never = sorted((marks | set(unnamed)) - self._ends)
         self._bans: tuple[Tensor, Tensor] | None = None
         self._stop_ids = set(request.params.stop_token_ids)
@@ -274,11 +277,18 @@ def require_choice(request: Request, tokenizer: Tokenizer, config: ModelConfig) 
 def tell_prompt(model: Transformer, row: Generation, states_TD: Tensor) -> PromptLogprobs:
     """Log-probabilities of the request's decoder ids, by the states of the whole prefix (T, D).
 
+    Of a decoder-only model those of the whole prompt; its first token has
+    NaN, as nothing is known of what stands before it.
     Raises EngineError if the model's scores are not finite.
     """
-    ids, asked = row.request.decoder_ids, row.request.params.prompt_logprobs or 0
-    first = len(row.prefix) - len(ids) - 1  # its state tells the first of them
+    asked = row.request.params.prompt_logprobs or 0
     tokens: list[TokenLogprob] = []
+    if row.config.is_decoder_only:
+        ids: Sequence[int] = row.prefix[1:]
+        tokens.append(TokenLogprob(row.prefix[0], math.nan, ()))
+    else:
+        ids = row.request.decoder_ids
+    first = len(row.prefix) - len(ids) - 1  # its state tells the first of them
     for begin in range(0, len(ids), SCORES_AT_ONCE):
         some = ids[begin : begin + SCORES_AT_ONCE]
         scores_TV = model.logits(states_TD[first + begin : first + begin + len(some)])

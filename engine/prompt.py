@@ -6,7 +6,7 @@ Source: CPM-2's sequence protocol; CPM-2.1's continuation; T5's sentinels.
 from collections.abc import Sequence
 
 from engine.adapters import Adapter
-from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import PromptTooLong, RequestError, TokenizerError
 from engine.request import Request, SamplingParams
 from engine.tokenizer import Tokenizer
@@ -46,14 +46,16 @@ def build_request(
     the adapter count towards its length. `decoder_prompt` is what the answer begins with.
 
     Raises RequestError if the prompt is empty, an id is unknown, there is no blank to fill or
-    blanks given as ids are out of order, or if max_tokens is above LENGTH_FACTOR times the length
-    that the model was trained on; PromptTooLong if the prompt is, or decoder_prompt and max_tokens
-    together.
+    blanks given as ids are out of order, or if max_tokens is above what the
+    config allows; PromptTooLong if the prompt is, or decoder_prompt and max_tokens together; of a
+    decoder-only model all of them together.
     """
     num_blanks = 0
-    limit = config.max_positions * LENGTH_FACTOR
+    limit = config.max_prompt_tokens
     if params.max_tokens > limit:  # the cache is allocated for all of them
         raise RequestError(f"max_tokens is {params.max_tokens}; the limit is {limit}", "max_tokens")
+    if fill:
+        _check_can_fill(tokenizer, config)
     _check_ids(params, config)
     decoder_ids = _read_decoder_prompt(decoder_prompt, tokenizer, config, params)
     if isinstance(prompt, str):
@@ -77,6 +79,10 @@ def build_request(
     if isinstance(prompt, str) or ids[-len(ending) :] != ending:  # given ids may be closed already
         ids += ending
     vectors = adapter.num_vectors if adapter else 0
+    if config.is_decoder_only:
+        ids = _begun(ids, prompt, config)
+        _check_adapter(adapter)
+        _check_together(len(ids) + vectors, len(decoder_ids), params, limit)
     if len(ids) + vectors > limit:
         beside = f" beside the {vectors} of its adapter" if vectors else ""
         raise PromptTooLong(
@@ -89,7 +95,49 @@ def build_request(
         num_blanks=num_blanks,
         adapter=adapter,
         decoder_ids=tuple(decoder_ids),
+        num_held=_num_held(ids, params, config),
     )
+
+
+def _check_can_fill(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if config.is_decoder_only:
+        raise RequestError(
+            "a decoder-only model continues texts; it does not fill blanks", "prompt"
+        )
+    if tokenizer.num_sentinels < 2:  # one for a blank, one to close it
+        raise RequestError("the model's vocabulary has no sentinels to fill blanks with", "prompt")
+
+
+def _begun(ids: list[int], prompt: str | Sequence[int], config: ModelConfig) -> list[int]:
+    """A text with what the tokenizer puts in front of one; a template may have written it."""
+    begin = list(config.begin_token_ids)
+    return ids if not isinstance(prompt, str) or ids[: len(begin)] == begin else begin + ids
+
+
+def _num_held(ids: Sequence[int], params: SamplingParams, config: ModelConfig) -> int:
+    """Ids that a decoder-only model does not read at first, for their scores are asked for."""
+    if not config.is_decoder_only:
+        return 0
+    return 1 if params.prompt_logprobs is None else len(ids)
+
+
+def _check_adapter(adapter: Adapter | None) -> None:
+    if adapter is not None and adapter.slots.back:
+        raise RequestError(
+            f"the adapter {adapter.name} has vectors behind the text; a decoder-only model takes "
+            "them in front of it or within",
+            "adapter",
+        )
+
+
+def _check_together(prompt: int, given: int, params: SamplingParams, limit: int) -> None:
+    if prompt + given + params.max_tokens > limit:
+        parts = f"the prompt has {prompt} tokens"
+        parts += f", decoder_prompt {given}" if given else ""
+        raise PromptTooLong(
+            f"{parts} and max_tokens is {params.max_tokens}; the limit is {limit} together",
+            "prompt",
+        )
 
 
 def _read_decoder_prompt(
@@ -99,7 +147,7 @@ def _read_decoder_prompt(
     params: SamplingParams,
 ) -> list[int]:
     """Ids that the answer begins with; the caches hold them beside max_tokens."""
-    limit = config.max_positions * LENGTH_FACTOR
+    limit = config.max_prompt_tokens
     if isinstance(prompt, str):
         _check_chars(prompt, limit, "decoder_prompt")
         ids = tokenizer.encode(prompt)
@@ -153,6 +201,8 @@ def _count_blanks(ids: list[int], tokenizer: Tokenizer) -> int:
 
 def _ending(tokenizer: Tokenizer, config: ModelConfig, *, fill: bool) -> list[int]:
     """What closes the encoder text: T5's end mark, or the sentinel after which CPM-2 goes on."""
+    if config.is_decoder_only:
+        return []
     if config.continuation_sentinel is None:
         return list(config.eos_token_ids[:1])
     return [] if fill else [tokenizer.sentinel_id(config.continuation_sentinel)]
@@ -161,8 +211,12 @@ def _ending(tokenizer: Tokenizer, config: ModelConfig, *, fill: bool) -> list[in
 def decoder_prefix(request: Request, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
     """What the decoder is given before the first free token.
 
-    The start id, the sentinel it answers to, and what the answer begins with.
+    The start id, the sentinel it answers to, and what the answer begins with. A decoder-only model
+    has no start id; it is given what has been held of the prompt.
     """
+    if config.is_decoder_only:
+        held = request.encoder_ids[len(request.encoder_ids) - request.num_held :]
+        return [*held, *request.decoder_ids]
     prefix = [config.decoder_start_token_id]
     if request.num_blanks:
         prefix.append(tokenizer.sentinel_id(0))

@@ -37,17 +37,18 @@ def check_sizes(config: ModelConfig, quantization: Quantization) -> None:
     if not config.num_experts:
         raise ConfigError(f"the model is dense; it has no experts to be stored as {quantization}")
     multiple = INPUT_MULTIPLES[quantization]
-    for name in ("d_model", "d_ff"):
+    inner = "expert_d_ff" if config.expert_d_ff else "d_ff"
+    for name in ("d_model", inner):
         if getattr(config, name) % multiple:
             raise ConfigError(
-                f"{name} is {getattr(config, name)}; {quantization} experts need d_model and d_ff "
-                f"that are multiples of {multiple}"
+                f"{name} is {getattr(config, name)}; {quantization} experts need d_model and "
+                f"{inner} that are multiples of {multiple}"
             )
 
 
 def group_size(config: ModelConfig) -> int:
     """Inputs that share scale and zero in int4: 128, or less where that does not divide."""
-    fitting = (c for c in GROUP_SIZES if config.d_model % c == config.d_ff % c == 0)
+    fitting = (c for c in GROUP_SIZES if config.d_model % c == config.expert_width % c == 0)
     return next(fitting)
 
 
@@ -57,13 +58,13 @@ def stored_tensors(
     """The tensors of a quantised expert in a blob, in order: name -> (dtype name, shape).
 
     int8: `wi_0` (N, K) and `wi_0_scale` (N,); int4: `wi_0` (N, K / 2) and `wi_0_scale_zero`
-    (G, N, 2). The norm stays as it is.
+    (G, N, 2). Norm and biases stay as they are.
     Raises ConfigError if experts of these sizes cannot be quantised.
     """
     check_sizes(config, quantization)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in config.expert_shapes().items():
-        if name == "norm":
+        if len(shape) == 1:
             tensors[name] = (norm_dtype, shape)
         elif quantization == "int8":
             tensors[name] = ("I8", shape)
@@ -79,13 +80,13 @@ def stored_tensors(
 def quantize_matrices(
     tensors: Mapping[str, Tensor], config: ModelConfig, quantization: Quantization
 ) -> dict[str, Tensor]:
-    """All that is stored of an expert but its norm, by name.
+    """All that is stored of an expert but its vectors, by name.
 
     Raises ValueError, naming the matrix, if it holds a number that is not finite.
     """
     stored: dict[str, Tensor] = {}
-    for name in config.expert_shapes():
-        if name == "norm":
+    for name, shape in config.expert_shapes().items():
+        if len(shape) == 1:
             continue
         if not all(part.isfinite().all() for part in torch.split(tensors[name], CHUNK_OUTPUTS)):
             raise ValueError(f"{name} has infinite values or NaN, which {quantization} cannot hold")

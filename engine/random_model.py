@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.checkpoint_writer import dense_shapes, open_writer
 from engine.config import ModelConfig
-from engine.model.transformer import random_weight
+from engine.model.initial import random_weight
 from offload.layout import Quantization
 
 

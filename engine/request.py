@@ -166,7 +166,9 @@ class Request:
     version changes nothing for a request that is on its way. `decoder_ids` is what the answer
     begins with, given and not generated. `key` is on whose account it runs, `priority` above
     another's goes first, `deadline_s` after its arrival it ends, whatever it has come to. With a
-    `salt` the encoder's output may be kept for requests of the same salt.
+    `salt` the encoder's output may be kept for requests of the same salt. Of a decoder-only model
+    `encoder_ids` are the prompt, whose last `num_held` ids are read step by step, so that their
+    states tell what comes next.
     """
 
     request_id: str
@@ -180,6 +182,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     salt: str | None = None
+    num_held: int = 0
 
     def __post_init__(self) -> None:
         if self.num_blanks and self.decoder_ids:
@@ -194,8 +197,10 @@ class Request:
 
     @property
     def source(self) -> Source:
-        """All that the encoder reads."""
-        return Source(self.encoder_ids, self.adapter)
+        """All that the encoder reads, or a decoder-only model before its first step."""
+        if not self.num_held:
+            return Source(self.encoder_ids, self.adapter)
+        return Source(self.encoder_ids[: -self.num_held], self.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError
 from engine.model.layers import FeedForwardWeights
-from engine.model.moe import ExpertSource, MoELayer
+from engine.model.moe import ExpertSource
+from engine.model.topk import AnyMoE
 from engine.model.transformer import Transformer
 from offload.trace import LayerCall, RoutingTrace, TraceBuilder, save_trace
 
@@ -57,7 +58,7 @@ class RecordingExperts(nn.Module):
     """
 
     def __init__(
-        self, source: ExpertSource, layers: Sequence[MoELayer], max_records: int = MAX_RECORDS
+        self, source: ExpertSource, layers: Sequence[AnyMoE], max_records: int = MAX_RECORDS
     ) -> None:
         super().__init__()
         if isinstance(source, nn.Module):
@@ -121,9 +122,8 @@ class RecordingExperts(nn.Module):
 
     @torch.no_grad()
     def _route(self, layer: str, x_ND: Tensor) -> Tensor:
-        """What a layer's router says, (N,)."""
-        moe = self._layers[layer]
-        return moe.assign(moe.scores(x_ND))
+        """What a layer's router says: ids, (N,) or as many for each token as it has experts."""
+        return self._layers[layer].choose(x_ND)
 
     def _settle(self) -> None:
         """Record the layer that was asked for last."""

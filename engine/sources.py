@@ -65,7 +65,8 @@ def gather(model: Transformer, sources: Sequence[Source]) -> EncoderInput:
     device, pad = model.embedding.weight.device, model.config.pad_token_id
     longest = max(source.num_positions for source in sources)
     rows = [source.padded_ids(pad) for source in sources]
-    tokens_BS = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    padded = [[*row, *[pad] * (longest - len(row))] for row in rows]
+    tokens_BS = torch.tensor(padded, dtype=torch.int64)
     lengths_B1 = torch.tensor([[len(row)] for row in rows])
     segments_BS = (torch.arange(longest) < lengths_B1).long().to(device)
     tokens_BS = tokens_BS.to(device)

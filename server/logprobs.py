@@ -1,6 +1,7 @@
 """Log-probabilities as the different routes tell them."""
 
 from collections.abc import Sequence
+from math import isnan
 
 from engine.request import TokenLogprob
 from engine.tokenizer import Tokenizer
@@ -33,21 +34,25 @@ def tell_logprobs(spots: Sequence[Spot], names: TokenNames) -> Logprobs | None:
     """The four lists of OpenAI's completions; None without tokens.
 
     The chosen token is always in its map, with the very number that is in `token_logprobs`; of two
-    tokens of one name the likelier one is kept.
+    tokens of one name the likelier one is kept. What nothing stands before has no log-probability.
     """
     if not spots:
         return None
     told = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for spot in spots:
         token = spot.token
+        told.tokens.append(names.name(token.token_id))
+        told.text_offset.append(spot.offset)
+        if isnan(token.logprob):
+            told.token_logprobs.append(None)
+            told.top_logprobs.append(None)
+            continue
         likeliest: dict[str, float] = {}
         for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
             name = names.name(token_id)
             likeliest[name] = max(likeliest.get(name, LOWEST), logprob)
-        told.tokens.append(names.name(token.token_id))
         told.token_logprobs.append(max(token.logprob, LOWEST))
         told.top_logprobs.append(likeliest)
-        told.text_offset.append(spot.offset)
     return told
 
 
@@ -77,7 +82,7 @@ def tell_tokens(tokens: Sequence[TokenLogprob], names: TokenNames) -> list[Token
         TokenInfo(
             id=token.token_id,
             token=names.name(token.token_id),
-            logprob=max(token.logprob, LOWEST),
+            logprob=None if isnan(token.logprob) else max(token.logprob, LOWEST),
             top=[(token_id, max(logprob, LOWEST)) for token_id, logprob in token.top],
         )
         for token in tokens
@@ -86,10 +91,12 @@ def tell_tokens(tokens: Sequence[TokenLogprob], names: TokenNames) -> list[Token
 
 def tell_prompt_logprobs(
     tokens: Sequence[TokenLogprob], names: TokenNames
-) -> list[dict[str, PromptLogprob]]:
-    """A map by id for each token of a decoder prompt; the chosen one is in it."""
+) -> list[dict[str, PromptLogprob] | None]:
+    """A map by id for each token of a prompt; the chosen one is in it. None for the very first."""
     return [
-        {
+        None
+        if isnan(token.logprob)
+        else {
             str(token_id): PromptLogprob(
                 logprob=max(logprob, LOWEST), decoded_token=names.name(token_id)
             )

@@ -61,11 +61,6 @@ class PromptedBody(GenerationBody):
         for name in ("decoder_prompt", "response_format", "structured_outputs"):
             if self.fill and getattr(self, name):
                 raise bad_field(f"{name} does not go with fill", name)
-        if self.prompt_logprobs is not None and not (
-            self.decoder_prompt or self.is_scoring_prompts
-        ):
-            text = "prompt_logprobs is for what the decoder reads; give decoder_prompt"
-            raise bad_field(text, "prompt_logprobs")
         if self.fill and self.truncate_prompt_tokens is not None:
             text = "truncate_prompt_tokens does not go with fill: blanks might be lost"
             raise bad_field(text, "truncate_prompt_tokens")
@@ -123,8 +118,8 @@ class Logprobs(BaseModel):
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -149,7 +144,7 @@ class Choice(BaseModel):
     token_ids: list[int] | None = Field(default=None, description="With return_token_ids.")
     prompt_token_ids: list[int] | None = Field(default=None, description="What the encoder read.")
     decoder_prompt_token_ids: list[int] | None = None
-    prompt_logprobs: list[dict[str, PromptLogprob]] | None = Field(
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
         default=None, description="Of the decoder prompt, by token id."
     )
 
@@ -174,7 +169,7 @@ class TokenInfo(BaseModel):
 
     id: int
     token: str
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from engine.config import ModelConfig
-from engine.model.transformer import Transformer, initialize
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 
 TINY = ModelConfig(
     vocab_size=96,

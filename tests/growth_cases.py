@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from engine.model.transformer import Transformer, initialize
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 from tests.tiny import DENSE, random_ids
 from training.growth import Growth, GrowthPlan, grow, prepare_growth
 

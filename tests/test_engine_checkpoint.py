@@ -24,8 +24,9 @@ from engine.checkpoint_tensors import MAPPED_BYTES
 from engine.checkpoint_writer import open_writer
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
+from engine.model.initial import initialize
 from engine.model.moe import ResidentExperts
-from engine.model.transformer import Transformer, initialize
+from engine.model.transformer import Transformer
 from engine.random_model import write_random_model
 from offload.layout import make_layout
 from offload.store import create_store

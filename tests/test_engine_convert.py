@@ -16,7 +16,7 @@ from engine.checkpoint import load_model, save_model
 from engine.config import CPM2_11B, CPM2_MOE_198B
 from engine.convert import convert, count_parameters, detect_kind, inspect, load_any, open_source
 from engine.errors import CheckpointError, ConfigError
-from engine.model.transformer import num_parameters
+from engine.model.initial import num_parameters
 from tests.cpm2_files import TINY, tiny_model, write_rank_files, write_vocabulary
 
 ROOT = Path(__file__).parents[1]

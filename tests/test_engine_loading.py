@@ -23,8 +23,8 @@ from engine.loading import (
     read_storage,
 )
 from engine.memory import host_memory
+from engine.model.initial import num_parameters
 from engine.model.packed import can_pack
-from engine.model.transformer import num_parameters
 from engine.planning import RUNTIME_BYTES, SERVER_BYTES, Budgets, fixed_lines, plan_memory
 from engine.random_model import write_random_model
 from engine.worker import LoadedModel, Worker

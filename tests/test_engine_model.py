@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from engine.config import CPM2_11B, CPM2_MOE_198B
 from engine.model.dtypes import parse_dtype
+from engine.model.initial import initialize, num_parameters
 from engine.model.layers import feed_forward, relative_buckets, rms_norm
 from engine.model.moe import MoELayer, ResidentExperts, assign_greedy
-from engine.model.transformer import Transformer, initialize, num_parameters
+from engine.model.transformer import Transformer
 from tests.tiny import DENSE, MOE, random_ids, tiny_model
 
 VARIANTS = {

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.model.transformer import Transformer, initialize
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 from tests.tiny import DENSE, random_ids
 from training.flops import forward_flops, training_flops
 
@@ -14,6 +15,15 @@ CONFIGS = {
     "plain": replace(DENSE, gated=False, num_decoder_layers=3),
     "tied": replace(DENSE, tied_embeddings=True),
     "cpm_2": replace(DENSE, num_experts=4),
+    "softmax": replace(
+        DENSE,
+        num_experts=4,
+        router="softmax",
+        num_experts_per_token=2,
+        dense_layers=("encoder-0",),
+        shared_d_ff=8,
+        expert_d_ff=20,
+    ),
     "base_layer": replace(DENSE, num_experts=3, router="base_layer", num_encoder_layers=1),
 }
 

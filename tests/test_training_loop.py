@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from engine.checkpoint import load_model
 from engine.errors import ConfigError, TokenizerError
+from engine.model.initial import initialize
 from engine.model.moe import assign_greedy
-from engine.model.transformer import Transformer, initialize
+from engine.model.transformer import Transformer
 from server.__main__ import main
 from training.evaluate import FillReport, evaluate_fill, unigram_log_probs
 from training.loop import open_data, train, train_step

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine.model.transformer import Block, Transformer
+from engine.model.blocks import Block
+from engine.model.transformer import Transformer
 
 
 @contextmanager

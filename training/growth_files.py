@@ -17,7 +17,8 @@ from engine.checkpoint_tensors import convert_tensor
 from engine.checkpoint_writer import partial_path, sync
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.model.transformer import Transformer, num_parameters
+from engine.model.initial import num_parameters
+from engine.model.transformer import Transformer
 from training.growth import Growth, GrowthPlan, grow, prepare_growth
 from training.growth_optimizer import (
     Moments,
@@ -29,7 +30,7 @@ from training.growth_optimizer import (
 )
 from training.growth_recipes import TargetFile
 from training.growth_record import RECORD, Step, make_step, read_steps, record_text
-from training.state import STATE_FILE
+from training.state import find_state
 from training.vocabulary_growth import VocabularyMap, map_vocabulary, target_ids
 from training.vocabulary_names import open_vocabulary
 
@@ -111,7 +112,7 @@ def check_run(run: RunGrowth | None, growth: Growth) -> None:
     if run is None:
         return
     check_moments(growth, run.moments)
-    if (run.out / STATE_FILE).exists():
+    if find_state(run.out) is not None:
         raise CheckpointError(f"{run.out}: holds the state of a run; choose another folder")
 
 

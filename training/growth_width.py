@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.transformer import random_weight
+from engine.model.initial import random_weight
 from training.growth_axes import (
     Axis,
     Expanded,

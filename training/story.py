@@ -15,7 +15,7 @@ import torch
 
 from engine.checkpoint import find_tokenizer_files, save_model
 from engine.errors import ConfigError
-from engine.model.transformer import num_parameters
+from engine.model.initial import num_parameters
 from training.loop import OnStep, TrainingData, begin_model, evaluate_groups, open_data, train
 from training.recipe import Recipe, build_table, read_recipe, read_tables
 from training.run_compare import START, read_rows

@@ -1,5 +1,7 @@
 """bert2BERT's first stage: train the lower part of a deepened model, a part drawn for each step.
 
+In a recipe: `submodel_until` tells for which share of the steps, `submodel_layers` the part's size.
+
 Source: bert2BERT (arXiv:2110.07143) s3.4.
 """
 
@@ -9,8 +11,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.model.transformer import StackModule, Transformer
+from engine.model.blocks import StackModule
+from engine.model.transformer import Transformer
+from training.flops import STACKS, backward_flops, layer_flops, training_flops
+from training.recipe import Recipe
 
 
 def submodel_sizes(layers: int, step: int) -> list[int]:
@@ -26,6 +32,37 @@ def submodel_sizes(layers: int, step: int) -> list[int]:
 def draw_part(seed: int, step: int, parts: int) -> int:
     """Which of the sub-models a training step takes, from 1; the same for the same seed."""
     return random.Random(f"{seed} {step}").randint(1, parts)
+
+
+def part_of_step(recipe: Recipe, step: int) -> int | None:
+    """The sub-model that a step of a run trains; None if it is the whole model's."""
+    train, config = recipe.train, recipe.model
+    if step >= train.steps * train.submodel_until:
+        return None
+    layers = max(config.num_encoder_layers, config.num_decoder_layers)
+    return draw_part(train.seed, step, len(submodel_sizes(layers, train.submodel_layers)))
+
+
+def step_flops(
+    config: ModelConfig, part: int | None, step: int, source_tokens: int, target_tokens: int
+) -> int:
+    """Forward and backward of one row, through the whole model or through a sub-model.
+
+    A sub-model has no backward pass below what it trains.
+    """
+    lengths = source_tokens, target_tokens
+    flops = training_flops(config, *lengths)
+    if part is None:
+        return flops
+    for stack in STACKS:
+        for index in range(config.num_layers(stack)):
+            layer = layer_flops(config, f"{stack}-{index}", *lengths)
+            top = min(part * step, config.num_layers(stack))
+            if index >= top:
+                flops -= layer.total
+            if not top - step <= index < top:
+                flops -= backward_flops(config, layer)
+    return flops
 
 
 @contextmanager

@@ -16,23 +16,29 @@ from torch.nn import functional as F
 from engine.config import ModelConfig
 from engine.model.packed import packed_product
 from engine.model.quantized import QuantizedMatrix
-from engine.model.spans import Span, attend_spans
+from engine.model.spans import Span
 from engine.model.tiles import in_tiles, in_vectors, quantized_tile_rows
 
 Matrix = Tensor | QuantizedMatrix
 Bias = Tensor | list[Span]
 
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702  # of gpt-oss' feed-forward
+
 
 class FeedForwardWeights(NamedTuple):
     """Weights of one feed-forward.
 
-    Norm (D,), wi_0 and wi_1 (F, D), wo (D, F); wi_1 None: no gate.
+    Norm (D,), wi_0 and wi_1 (F, D), wo (D, F); wi_1 None: no gate; norm None: x is normed already.
+    Biases bi_0 and bi_1 (F,), bo (D,).
     """
 
-    norm: Tensor
+    norm: Tensor | None
     wi_0: Matrix
     wi_1: Matrix | None
     wo: Matrix
+    bi_0: Tensor | None = None
+    bi_1: Tensor | None = None
+    bo: Tensor | None = None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -44,11 +50,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight_D.shape, None, eps).to(weight_D.dtype) * weight_D
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """Product of x and the transposed matrix, whichever way the matrix is stored."""
-    if not isinstance(weight, Tensor):
-        return weight.linear(x)
-    return packed_product(x, weight) if weight.is_mkldnn else F.linear(x, weight)
+    if isinstance(weight, Tensor) and not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    product = packed_product(x, weight) if isinstance(weight, Tensor) else weight.linear(x)
+    return product if bias is None else product + bias
 
 
 def feed_forward(
@@ -58,7 +65,7 @@ def feed_forward(
 
     Returns (N, D); with `tile_rows`, computed in tiles of so many rows.
 
-    The activated branch is wi_0; GELU is the tanh approximation.
+    The activated branch is wi_0.
     """
     if tile_rows:
         own = tile_rows if isinstance(weights.wo, Tensor) else quantized_tile_rows(tile_rows)
@@ -71,7 +78,12 @@ def feed_forward(
 def _activate(hidden_NF: Tensor, config: ModelConfig) -> Tensor:
     if config.activation == "relu":
         return F.relu(hidden_NF)
-    return F.gelu(hidden_NF, approximate="tanh")
+    if config.activation == "silu":
+        return F.silu(hidden_NF)
+    if config.activation == "clamped_swiglu":
+        hidden_NF = hidden_NF.clamp(max=CLAMP)
+        return hidden_NF * torch.sigmoid(hidden_NF * CLAMPED_SLOPE)
+    return F.gelu(hidden_NF, approximate="none" if config.activation == "gelu" else "tanh")
 
 
 def _feed_forward(
@@ -80,29 +92,33 @@ def _feed_forward(
     config: ModelConfig,
     activate: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    normed_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
-    hidden_NF = activate(linear(normed_ND, weights.wi_0))
+    if weights.norm is not None:
+        x_ND = rms_norm(x_ND, weights.norm, config.norm_eps)
+    hidden_NF = activate(linear(x_ND, weights.wi_0, weights.bi_0))
     if weights.wi_1 is not None:
-        hidden_NF = hidden_NF * linear(normed_ND, weights.wi_1)
-    return linear(hidden_NF, weights.wo)
+        gate_NF = linear(x_ND, weights.wi_1, weights.bi_1)
+        if config.activation == "clamped_swiglu":
+            gate_NF = gate_NF.clamp(-CLAMP, CLAMP) + 1
+        hidden_NF = hidden_NF * gate_NF
+    return linear(hidden_NF, weights.wo, weights.bo)
 
 
 class Linear(nn.Linear):
-    """A product without a bias, whose weight may be packed (`pack_linears`).
+    """A product whose weight may be packed (`pack_linears`).
 
     With `tile_rows` it is computed in tiles of so many rows (`set_invariant`).
     """
 
     tile_rows = 0
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs)."""
         if self.tile_rows:
-            return in_tiles(lambda tile: linear(tile, self.weight), x, self.tile_rows)
-        return linear(x, self.weight)
+            return in_tiles(lambda tile: linear(tile, self.weight, self.bias), x, self.tile_rows)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -118,6 +134,14 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def make_norm(config: ModelConfig, width: int = 0) -> nn.Module:
+    """The norm of a config over a width, by default d_model."""
+    width = width or config.d_model
+    if config.norm == "layer":
+        return nn.LayerNorm(width, config.norm_eps, bias=config.norm_bias)
+    return RMSNorm(width, config.norm_eps)
+
+
 class FeedForward(nn.Module):
     """The dense feed-forward sublayer: x + FF(norm(x))."""
 
@@ -126,86 +150,25 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.wi_0 = Linear(config.d_model, config.d_ff)
+        self.norm = make_norm(config)
+        self.wi_0 = Linear(config.d_model, config.d_ff, config.ff_bias)
         if config.gated:
-            self.wi_1 = Linear(config.d_model, config.d_ff)
-        self.wo = Linear(config.d_ff, config.d_model)
+            self.wi_1 = Linear(config.d_model, config.d_ff, config.ff_bias)
+        self.wo = Linear(config.d_ff, config.d_model, config.ff_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        gate = self.wi_1.weight if self.config.gated else None
-        weights = FeedForwardWeights(self.norm.weight, self.wi_0.weight, gate, self.wo.weight)
-        return x + feed_forward(x, weights, self.config, self.tile_rows)
-
-
-class SelfAttention(nn.Module):
-    """The self-attention sublayer: x + out(attend(norm(x))), without the 1/sqrt(K) scale, as T5."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.num_heads = config.num_heads
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.qkv = Linear(config.d_model, 3 * inner)
-        self.out = Linear(inner, config.d_model)
-
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of normed x, each (B, H, T, K)."""
-        q, k, v = self.qkv(self.norm(x_BTD)).chunk(3, dim=-1)
-        return tuple(split_heads(part, self.num_heads) for part in (q, k, v))  # type: ignore[return-value]
-
-    def forward(self, x_BTD: Tensor, bias: Bias) -> Tensor:
-        """Attend over x itself; the bias holds relative positions and mask."""
-        q_BHTK, k_BHTK, v_BHTK = self.project(x_BTD)
-        mixed: Tensor = self.out(attend(q_BHTK, k_BHTK, v_BHTK, bias))
-        return x_BTD + mixed
-
-
-class CrossAttention(nn.Module):
-    """Cross-attention sublayer.
-
-    Keys and values of the encoder output are computed once per request.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.num_heads = config.num_heads
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.query = Linear(config.d_model, inner)
-        self.key_value = Linear(config.d_model, 2 * inner)
-        self.out = Linear(inner, config.d_model)
-
-    def project(self, encoded_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder output, each (B, H, S, K)."""
-        k, v = self.key_value(encoded_BSD).chunk(2, dim=-1)
-        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
-
-    def forward(self, x_BTD: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Bias) -> Tensor:
-        """Attend over projected encoder output; the bias (B, 1, T or 1, S) is the mask."""
-        q_BHTK = split_heads(self.query(self.norm(x_BTD)), self.num_heads)
-        mixed: Tensor = self.out(attend(q_BHTK, k_BHSK, v_BHSK, bias))
-        return x_BTD + mixed
-
-
-def split_heads(x_BTI: Tensor, num_heads: int) -> Tensor:
-    """(B, T, H*K) to (B, H, T, K)."""
-    rows, length, inner = x_BTI.shape
-    return x_BTI.view(rows, length, num_heads, inner // num_heads).transpose(1, 2)
-
-
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Bias) -> Tensor:
-    """Unscaled attention with an additive bias that broadcasts to (B, H, T, S), or in spans.
-
-    Returns (B, T, H*K).
-    """
-    if isinstance(bias, list):
-        return attend_spans(attend, q_BHTK, k_BHSK, v_BHSK, bias)
-    out_BHTK = F.scaled_dot_product_attention(
-        q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype), scale=1.0
-    )
-    return out_BHTK.transpose(1, 2).flatten(2)
+        gate = self.wi_1 if self.config.gated else None
+        weights = FeedForwardWeights(
+            None,
+            self.wi_0.weight,
+            gate.weight if gate else None,
+            self.wo.weight,
+            self.wi_0.bias,
+            gate.bias if gate else None,
+            self.wo.bias,
+        )
+        return x + feed_forward(self.norm(x), weights, self.config, self.tile_rows)
 
 
 def mask_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,8 @@ from engine.model.tiles import in_tiles, in_vectors
 
 Assign = Callable[[Tensor], Tensor]
 
+OPTIONAL: dict[str, None] = {"norm": None, "wi_1": None}  # of an expert's weights, if it has none
+
 
 class ExpertSource(Protocol):
     """Where the weights of experts come from."""
@@ -80,6 +82,10 @@ class MoELayer(nn.Module):
         if config.router == "cpm_2":
             self.register_buffer("router_norm", torch.ones(config.d_model))
 
+    def choose(self, x_ND: Tensor) -> Tensor:
+        """The experts (N,) that tokens, as they come to this layer, will want."""
+        return self.assign(self.scores(x_ND))
+
     def scores(self, x_ND: Tensor) -> Tensor:
         """Affinity of each token to each expert, (N, E); in fp32, whatever the model is in."""
         if self.config.router == "cpm_2":
@@ -98,6 +104,7 @@ class MoELayer(nn.Module):
         x_ND = x.flatten(0, -2)
         scores_NE = self.scores(x_ND)
         expert_N = self.assign(scores_NE.detach())
+        experts.foresee(self.name, x_ND)
         update_ND = self.compute(x_ND, expert_N, experts)
         if self.config.router == "base_layer":
             chosen_N1 = scores_NE.gather(1, expert_N.unsqueeze(1))
@@ -112,18 +119,34 @@ class MoELayer(nn.Module):
 
         Gradients may flow if the weights stay where they are, as those of ResidentExperts do.
         """
-        order_N = expert_N.argsort(stable=True)
-        counts_E = count_tokens(expert_N, self.config.num_experts)
-        rows = dict(enumerate(torch.split(order_N, counts_E)))
-        wanted = sorted(filter(counts_E.__getitem__, rows), key=lambda expert: -counts_E[expert])
-        experts.foresee(self.name, x_ND)
-        rows_seen, parts = [], []
-        for expert, weights in experts.stream(self.name, wanted):
-            rows_R = rows[expert]
-            parts.append(feed_forward(x_ND[rows_R], weights, self.config, self.tile_rows))
-            rows_seen.append(rows_R)
-        back_N = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
-        return torch.cat(parts)[back_N]
+        return run_experts(self.name, x_ND, expert_N, experts, self.config, self.tile_rows)
+
+
+def run_experts(
+    layer: str,
+    x_ND: Tensor,
+    expert_P: Tensor,
+    experts: ExpertSource,
+    config: ModelConfig,
+    tile_rows: int,
+) -> Tensor:
+    """The output of the expert of each pair, (P, D); each that is wanted is borrowed once.
+
+    Token n has pairs n * k to n * k + k - 1, where k = P / N.
+    """
+    per_token = len(expert_P) // max(len(x_ND), 1)
+    order_P = expert_P.argsort(stable=True)
+    counts_E = count_tokens(expert_P, config.num_experts)
+    rows = dict(enumerate(torch.split(order_P, counts_E)))
+    wanted = sorted(filter(counts_E.__getitem__, rows), key=lambda expert: -counts_E[expert])
+    rows_seen, parts = [], []
+    for expert, weights in experts.stream(layer, wanted):
+        rows_R = rows[expert]
+        tokens_R = rows_R if per_token == 1 else rows_R // per_token
+        parts.append(feed_forward(x_ND[tokens_R], weights, config, tile_rows))
+        rows_seen.append(rows_R)
+    back_P = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
+    return torch.cat(parts)[back_P]
 
 
 class ResidentExperts(nn.Module):
@@ -153,10 +176,9 @@ class ResidentExperts(nn.Module):
         tensors = self.layers[layer]
         assert isinstance(tensors, nn.ParameterDict)
         for expert in wanted:
-            gate = tensors["wi_1"][expert] if "wi_1" in tensors else None
-            yield (
-                expert,
-                FeedForwardWeights(
-                    tensors["norm"][expert], tensors["wi_0"][expert], gate, tensors["wo"][expert]
-                ),
-            )
+            own = {
+                name: tensors[name][expert]
+                for name in FeedForwardWeights._fields
+                if name in tensors
+            }
+            yield expert, FeedForwardWeights(**OPTIONAL | own)

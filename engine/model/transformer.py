@@ -1,4 +1,7 @@
-"""The encoder-decoder: one readable module that trains and serves, dense or mixture-of-experts.
+"""The transformer: one readable module that trains and serves, dense or mixture-of-experts.
+
+An encoder-decoder, or a decoder alone, which reads the prompt itself: what it keeps of it, keys and
+values of all layers (`context`), takes the place of the encoder's output everywhere.
 
 Shape letters: B batch, S source length, T target length, D model width, H heads, K head width, V
 vocabulary. Segments number the documents packed into one row, from 1; 0 is padding. A mask is a row
@@ -6,99 +9,29 @@ with one document.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import ModelConfig, Stack
-from engine.model.layers import (
-    Bias,
-    CrossAttention,
-    FeedForward,
-    Linear,
-    RelativeBias,
-    RMSNorm,
-    SelfAttention,
-    attend,
-    mask_bias,
-)
-from engine.model.moe import ExpertSource, MoELayer, ResidentExperts
+from engine.config import ModelConfig
+from engine.model.blocks import DecoderCache, StackModule, document_lengths, real_positions
+from engine.model.context import Context, Past, arena_of, document_positions
+from engine.model.layers import Bias, FeedForward, Linear, mask_bias
+from engine.model.moe import ExpertSource, ResidentExperts
+from engine.model.positions import PositionTable
+from engine.model.rotary import RotaryTable, Turn
 from engine.model.spans import make_spans, round_up_keys
 from engine.model.tiles import STEP_ROWS, SWEEP_ROWS, in_tiles
+from engine.model.topk import AnyMoE
 
-
-class Block(nn.Module):
-    """One layer of a stack: self-attention, in the decoder cross-attention, feed-forward or MoE."""
-
-    def __init__(self, config: ModelConfig, stack: Stack, index: int) -> None:
-        super().__init__()
-        self.self_attention = SelfAttention(config)
-        if stack == "decoder":
-            self.cross_attention = CrossAttention(config)
-        if config.num_experts:
-            self.moe = MoELayer(config, f"{stack}-{index}")
-        else:
-            self.feed_forward = FeedForward(config)
-
-    def transform(
-        self, x: Tensor, experts: ExpertSource | None, real: Tensor | None = None
-    ) -> Tensor:
-        """The feed-forward half of the block.
-
-        With `real` (of x's leading dimensions, bool) the other positions, which are padding, stay
-        as they are: they are not routed and cost nothing.
-        """
-        if real is not None:
-            return x.masked_scatter(real.unsqueeze(-1), self.transform(x[real], experts))
-        if experts is None:
-            return self.feed_forward(x)  # type: ignore[no-any-return]
-        return self.moe(x, experts)  # type: ignore[no-any-return]
-
-
-class StackModule(nn.Module):
-    """The blocks of encoder or decoder, their shared relative bias and the final norm."""
-
-    def __init__(self, config: ModelConfig, stack: Stack) -> None:
-        super().__init__()
-        self.relative_bias = RelativeBias(config, bidirectional=stack == "encoder")
-        self.layers = nn.ModuleList(
-            Block(config, stack, i) for i in range(config.num_layers(stack))
-        )
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-
-    def blocks(self) -> list[Block]:
-        """The layers, typed."""
-        return list(self.layers)  # type: ignore[arg-type]
-
-
-@dataclass(slots=True)
-class DecoderCache:
-    """Keys and values of B decoder rows.
-
-    Self-attention tensors are allocated once for `capacity` positions.
-
-    lengths_B counts the positions that each row has filled, `longest` those of the fullest row.
-    """
-
-    self_keys: list[Tensor]  # per layer (B, H, capacity, K)
-    self_values: list[Tensor]
-    cross_keys: list[Tensor]  # per layer (B, H, S, K)
-    cross_values: list[Tensor]
-    cross_bias: Tensor  # (B, 1, 1, S)
-    lengths_B: Tensor
-    longest: int = 0
-
-    @property
-    def capacity(self) -> int:
-        """Positions that each row can hold."""
-        return self.self_keys[0].shape[2]
+R = TypeVar("R")
 
 
 class Transformer(nn.Module):
-    """CPM-2, T5 and mT5: pre-norm, RMS norm, relative positions, no biases.
+    """CPM-2, T5, Llama, Mixtral and their like, as the config tells; pre-norm.
 
     `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its
     own. `set_invariant` sets `is_invariant`.
@@ -110,59 +43,167 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = StackModule(config, "encoder")
+        if config.positions in ("learned", "sinusoidal"):
+            self.positions = PositionTable(config)
+        if not config.is_decoder_only:
+            self.encoder = StackModule(config, "encoder")
         self.decoder = StackModule(config, "decoder")
         if not config.tied_embeddings:
-            self.lm_head = Linear(config.d_model, config.vocab_size)
+            self.lm_head = Linear(config.d_model, config.vocab_size, config.head_bias)
         if config.num_experts and experts is None:
             experts = ResidentExperts(config)
         self.experts = experts if config.num_experts else None
+        self._rotary = RotaryTable(config.rotary) if config.rotary is not None else None
 
-    def moe_layers(self) -> list[MoELayer]:
+    def moe_layers(self) -> list[AnyMoE]:
         """The MoE layers in the order of computation."""
-        return [module for module in self.modules() if isinstance(module, MoELayer)]
+        return [module for module in self.modules() if isinstance(module, AnyMoE)]
+
+    def _embed(
+        self, tokens_BT: Tensor, position_BT: Tensor, longest: int, x_BTD: Tensor | None = None
+    ) -> tuple[Tensor, Turn | None]:
+        """What the first layer reads at positions, all below `longest`; and how heads turn there.
+
+        `x_BTD` is read instead of the embeddings of the tokens, where it is given.
+        """
+        if x_BTD is None:
+            x_BTD = self.embedding(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD = x_BTD * self.config.embedding_scale
+        if hasattr(self, "positions"):
+            x_BTD = x_BTD + self.positions(position_BT).to(x_BTD.dtype)
+        if self._rotary is None:
+            return x_BTD, None
+        return x_BTD, self._rotary.turn(position_BT, longest, x_BTD.dtype)
 
     def encode(self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None) -> Tensor:
         """Run the encoder. Returns (B, S, D), normed; rows of padding hold no meaning.
 
-        `x_BSD` is read instead of the embeddings of the tokens, where it is given.
+        `x_BSD` is read instead of the embeddings of the tokens, where it is given. A decoder-only
+        model reads with its decoder, and returns its context, (B, S, `context_width`).
         """
-        layers = self.encode_layers(tokens_BS, segments_BS, x_BSD)
-        while True:
-            try:
-                next(layers)
-            except StopIteration as end:
-                encoded_BSD: Tensor = end.value
-                return encoded_BSD
+        return _run(self.encode_layers(tokens_BS, segments_BS, x_BSD))
 
     def encode_layers(
         self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None
     ) -> Generator[None, None, Tensor]:
         """The same, layer by layer: yields after each, so that others may compute in between."""
-        if x_BSD is None:
-            x_BSD = self.embedding(tokens_BS)
-        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        if self.config.is_decoder_only:
+            _, context_BSW = yield from self._read_layers(tokens_BS, segments_BS, x_BSD)
+            return context_BSW
+        length = tokens_BS.shape[1]
+        position_BS = document_positions(segments_BS)
+        x_BSD, turn = self._embed(tokens_BS, position_BS, length, x_BSD)
+        positions_S = torch.arange(length, device=tokens_BS.device)
         same_B1SS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)).unsqueeze(1)
-        relative = self.encoder.relative_bias(positions_S, positions_S)
+        relative = self.encoder.relate(positions_S, positions_S, x_BSD.dtype)
         bias = self._laid_out(relative, same_B1SS, segments_BS, segments_BS)
         real_BS = real_positions(segments_BS)
         for block in self.encoder.blocks():
-            x_BSD = block.transform(block.self_attention(x_BSD, bias), self.experts, real_BS)
+            x_BSD = block.transform(block.self_attention(x_BSD, bias, turn), self.experts, real_BS)
             yield
         return self.encoder.norm(x_BSD)  # type: ignore[no-any-return]
+
+    def read(self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None) -> Tensor:
+        """Run a decoder-only model over whole rows. Returns (B, S, D), normed.
+
+        Rows may hold several documents. `x_BSD` is read instead of the embeddings of the tokens,
+        where it is given.
+        """
+        x_BSD, _ = _run(self._read_layers(tokens_BS, segments_BS, x_BSD, keeps=False))
+        return self.decoder.norm(x_BSD)  # type: ignore[no-any-return]
+
+    def go_on_layers(
+        self, tokens_BS: Tensor, segments_BS: Tensor, past: Past
+    ) -> Generator[None, None, Tensor]:
+        """Read on after a context, layer by layer. Returns the context of what is new.
+
+        For one document per row, and not in invariant mode.
+        """
+        _, context_BSW = yield from self._read_layers(tokens_BS, segments_BS, None, past)
+        return context_BSW
+
+    def _read_layers(
+        self,
+        tokens_BS: Tensor,
+        segments_BS: Tensor,
+        x_BSD: Tensor | None,
+        past: Past | None = None,
+        *,
+        keeps: bool = True,
+    ) -> Generator[None, None, tuple[Tensor, Tensor]]:
+        """What the decoder makes of whole rows, (B, S, D), and the context if it is to be kept."""
+        length = tokens_BS.shape[1]
+        position_BS = document_positions(segments_BS)
+        if past is not None:
+            position_BS = position_BS + past.lengths_B.unsqueeze(1)
+            length += past.capacity
+        x_BSD, turn = self._embed(tokens_BS, position_BS, length, x_BSD)
+        context = Context(self.config, x_BSD if keeps else x_BSD[:0])
+        if not tokens_BS.numel():
+            return x_BSD, context.flat()
+        biases = self._causal_biases(segments_BS, position_BS, past, x_BSD.dtype)
+        real_BS = real_positions(segments_BS)
+        for index, block in enumerate(self.decoder.blocks()):
+            q_BHSK, k_BHSK, v_BHSK = block.self_attention.project(x_BSD, turn)
+            if keeps:
+                context.write(index, k_BHSK, v_BHSK)
+            if past is not None:
+                k_BHSK, v_BHSK = past.before(self.config, index, k_BHSK, v_BHSK)
+            bias = biases[self._window(index)]
+            x_BSD = x_BSD + block.self_attention.mix(q_BHSK, k_BHSK, v_BHSK, bias)
+            x_BSD = block.transform(x_BSD, self.experts, real_BS)
+            yield
+        return x_BSD, context.flat()
+
+    def _window(self, index: int) -> int:
+        return self.config.windows[index] if self.config.windows else 0
+
+    def _causal_biases(
+        self, segments_BS: Tensor, position_BS: Tensor, past: Past | None, dtype: torch.dtype
+    ) -> dict[int, Bias]:
+        """The mask of whole rows of documents, for each window; keys of the past come first."""
+        back_BSS = position_BS.unsqueeze(2) - position_BS.unsqueeze(1)
+        visible_BSS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)) & (back_BSS >= 0)
+        if past is not None:
+            key_pos_P = torch.arange(past.capacity, device=segments_BS.device)
+            is_kept_B1P = (key_pos_P < past.lengths_B.unsqueeze(1)).unsqueeze(1)
+            back_BSP = position_BS.unsqueeze(2) - key_pos_P
+            back_BSS = torch.cat([back_BSP, back_BSS], 2)
+            visible_BSS = torch.cat([is_kept_B1P.expand_as(back_BSP), visible_BSS], 2)
+        nothing = torch.zeros(1, dtype=dtype, device=segments_BS.device)
+        biases = dict[int, Bias]()
+        for window in self._windows():
+            near_BSS = visible_BSS & (back_BSS < window) if window else visible_BSS
+            near_B1SS = near_BSS.unsqueeze(1)
+            biases[window] = self._laid_out(nothing, near_B1SS, segments_BS, segments_BS)
+        return biases
+
+    def _windows(self) -> set[int]:
+        return set(self.config.windows) or {0}
 
     def decode(
         self, tokens_BT: Tensor, segments_BT: Tensor, encoded_BSD: Tensor, segments_BS: Tensor
     ) -> Tensor:
         """Run the decoder over whole rows, without a cache (training, scoring).
 
-        Returns (B, T, D), normed.
+        A decoder-only model goes on after a context, one document per row. Returns (B, T, D),
+        normed.
         """
-        x_BTD = self.embedding(tokens_BT)
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        if self.config.is_decoder_only:
+            lengths_B = (segments_BS > 0).sum(-1)
+            if torch.is_grad_enabled():  # a cache is written in place
+                past = Past(encoded_BSD, lengths_B)
+                layers = self._read_layers(tokens_BT, segments_BT, None, past, keeps=False)
+                return self.decoder.norm(_run(layers)[0])  # type: ignore[no-any-return]
+            cache = self.start_cache(encoded_BSD, segments_BS, tokens_BT.shape[1])
+            return self.step(tokens_BT, cache)
+        length = tokens_BT.shape[1]
+        x_BTD, turn = self._embed(tokens_BT, document_positions(segments_BT), length)
+        positions_T = torch.arange(length, device=tokens_BT.device)
         same_BTT = segments_BT.unsqueeze(1) == segments_BT.unsqueeze(2)
         causal_TT = positions_T.unsqueeze(1) >= positions_T
-        relative = self.decoder.relative_bias(positions_T, positions_T)
+        relative = self.decoder.relate(positions_T, positions_T, x_BTD.dtype)
         visible_B1TT = (same_BTT & causal_TT).unsqueeze(1)
         bias = self._laid_out(relative, visible_B1TT, segments_BT, segments_BT)
         cross_B1TS = (segments_BT.unsqueeze(2) == segments_BS.unsqueeze(1)).unsqueeze(1)
@@ -170,7 +211,7 @@ class Transformer(nn.Module):
         cross_bias = self._laid_out(nothing, cross_B1TS, segments_BT, segments_BS)
         real_BT = real_positions(segments_BT)
         for block in self.decoder.blocks():
-            x_BTD = block.self_attention(x_BTD, bias)
+            x_BTD = block.self_attention(x_BTD, bias, turn)
             keys, values = block.cross_attention.project(encoded_BSD)
             x_BTD = block.cross_attention(x_BTD, keys, values, cross_bias)
             x_BTD = block.transform(x_BTD, self.experts, real_BT)
@@ -186,17 +227,31 @@ class Transformer(nn.Module):
         return bias.contiguous()  # else attention copies it in each layer
 
     def start_cache(self, encoded_BSD: Tensor, segments_BS: Tensor, capacity: int) -> DecoderCache:
-        """Project the encoder output for all layers and allocate `capacity` positions per row."""
-        blocks = self.decoder.blocks()
+        """Project the encoder output for all layers and allocate `capacity` positions per row.
+
+        A context is copied, and has its positions beside those. Its rows are of one document.
+        """
+        config, blocks = self.config, self.decoder.blocks()
+        rows, source = encoded_BSD.shape[:2]
+        kept = source if config.is_decoder_only else 0
+        shape = (config.num_decoder_layers, 2, rows, kept + capacity, config.kv_heads, config.d_kv)
+        arena = encoded_BSD.new_zeros(shape)
+        layers = range(config.num_decoder_layers)
+        keys, values = ([arena[i, j].transpose(1, 2) for i in layers] for j in (0, 1))
+        lengths_B = torch.zeros(rows, dtype=torch.int64, device=encoded_BSD.device)
+        if config.is_decoder_only:
+            arena[:, :, :, :kept] = arena_of(encoded_BSD, config)
+            lengths_B += (segments_BS > 0).sum(-1)
+            nothing = encoded_BSD.new_zeros(rows, 1, 1, 0)
+            return DecoderCache(keys, values, [], [], nothing, lengths_B, kept)
         cross = [block.cross_attention.project(encoded_BSD) for block in blocks]
-        shape = (len(encoded_BSD), capacity, self.config.num_heads, self.config.d_kv)
         return DecoderCache(
-            [encoded_BSD.new_zeros(shape).transpose(1, 2) for _ in blocks],
-            [encoded_BSD.new_zeros(shape).transpose(1, 2) for _ in blocks],
-            [keys.contiguous() for keys, _ in cross],
-            [values.contiguous() for _, values in cross],
+            keys,
+            values,
+            [part.contiguous() for part, _ in cross],
+            [part.contiguous() for _, part in cross],
             mask_bias((segments_BS > 0)[:, None, None, :], encoded_BSD.dtype),
-            torch.zeros(len(encoded_BSD), dtype=torch.int64, device=encoded_BSD.device),
+            lengths_B,
         )
 
     def step(self, tokens_BT: Tensor, cache: DecoderCache) -> Tensor:
@@ -212,43 +267,53 @@ class Transformer(nn.Module):
         new_T = torch.arange(num_new, device=tokens_BT.device)
         position_BT = cache.lengths_B.unsqueeze(1) + new_T
         row_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
-        key_pos_S = torch.arange(needed, device=tokens_BT.device)
-        bias = self.decoder.relative_bias(position_BT, key_pos_S)
-        visible_B1TS = (key_pos_S <= position_BT.unsqueeze(-1)).unsqueeze(1)
-        bias = bias + mask_bias(visible_B1TS, bias.dtype)
-        own_bias, cross_bias = self._step_biases(bias, cache)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD, turn = self._embed(tokens_BT, position_BT, needed)
+        own_biases, cross_bias = self._step_biases(position_BT, needed, cache, x_BTD.dtype)
         for index, block in enumerate(self.decoder.blocks()):
-            q_BHTK, k_BHTK, v_BHTK = block.self_attention.project(x_BTD)
+            q_BHTK, k_BHTK, v_BHTK = block.self_attention.project(x_BTD, turn)
             keys, values = cache.self_keys[index], cache.self_values[index]
             keys.transpose(1, 2)[row_B1, position_BT] = k_BHTK.transpose(1, 2)
             values.transpose(1, 2)[row_B1, position_BT] = v_BHTK.transpose(1, 2)
-            mixed = attend(q_BHTK, keys[:, :, :needed], values[:, :, :needed], own_bias)
-            x_BTD = x_BTD + block.self_attention.out(mixed)
-            x_BTD = block.cross_attention(
-                x_BTD, cache.cross_keys[index], cache.cross_values[index], cross_bias
+            own_bias = own_biases[self._window(index)]
+            x_BTD = x_BTD + block.self_attention.mix(
+                q_BHTK, keys[:, :, :needed], values[:, :, :needed], own_bias
             )
+            if cache.cross_keys:
+                x_BTD = block.cross_attention(
+                    x_BTD, cache.cross_keys[index], cache.cross_values[index], cross_bias
+                )
             x_BTD = block.transform(x_BTD, self.experts)
         cache.lengths_B += num_new
         cache.longest = needed
         return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
 
-    def _step_biases(self, bias: Tensor, cache: DecoderCache) -> tuple[Bias, Bias]:
-        """The biases of a step, (B, H, T, S) and the mask of the cache, as attention reads them.
+    def _step_biases(
+        self, position_BT: Tensor, needed: int, cache: DecoderCache, dtype: torch.dtype
+    ) -> tuple[dict[int, Bias], Bias]:
+        """The biases (B, H or 1, T, S) of a step, by window, and the mask of the cache.
 
         In invariant mode a row attends to as many keys as it has, rounded up. On a CPU it does not
         matter then which rows of one query each go together.
         """
+        key_pos_S = torch.arange(needed, device=position_BT.device)
+        relative = self.decoder.relate(position_BT, key_pos_S, dtype)
+        back_BTS = position_BT.unsqueeze(-1) - key_pos_S
+        own, num_new = dict[int, Tensor](), position_BT.shape[1]
+        for window in self._windows():
+            visible_BTS = (back_BTS >= 0) & (back_BTS < window) if window else back_BTS >= 0
+            own[window] = relative + mask_bias(visible_BTS.unsqueeze(1), relative.dtype)
         if not self.is_invariant:
-            return bias.contiguous(), cache.cross_bias
-        num_new = bias.shape[2]
-        queries = [num_new] * len(bias)
-        own = [round_up_keys(length + num_new) for length in cache.lengths_B.tolist()]
+            return {window: bias.contiguous() for window, bias in own.items()}, cache.cross_bias
+        queries = [num_new] * len(position_BT)
+        keys = [round_up_keys(length + num_new) for length in cache.lengths_B.tolist()]
         sources = [round_up_keys(n) for n in (cache.cross_bias == 0).flatten(1).sum(-1).tolist()]
-        together = num_new == 1 and bias.device.type == "cpu"
+        together = num_new == 1 and position_BT.device.type == "cpu"
         cross_bias = cache.cross_bias.expand(-1, -1, num_new, -1)
         return (
-            make_spans(bias, queries, own, together=together),
+            {
+                window: make_spans(bias, queries, keys, together=together)
+                for window, bias in own.items()
+            },
             make_spans(cross_bias, queries, sources, together=together),
         )
 
@@ -271,23 +336,14 @@ class Transformer(nn.Module):
         return self.logits(self.decode(tokens_BT, segments_BT, encoded_BSD, segments_BS))
 
 
-def real_positions(segments: Tensor) -> Tensor | None:
-    """Where a document is and not padding, as bool; None if there is no padding."""
-    real = segments > 0
-    return None if bool(real.all()) else real
-
-
-def document_lengths(segments: Tensor) -> list[int]:
-    """Positions of the one document of each row, which begins the row.
-
-    Raises ValueError if a row holds several, or padding before one: invariant mode is for serving.
-    """
-    lengths = (segments == 1).sum(-1)
-    begins = torch.arange(segments.shape[1], device=segments.device) < lengths.unsqueeze(1)
-    if not torch.equal(segments, begins.to(segments.dtype)):
-        raise ValueError("invariant mode takes rows of one document, with padding after it")
-    found: list[int] = lengths.tolist()
-    return found
+def _run(layers: Generator[None, None, R]) -> R:
+    """Run to the end at once."""
+    while True:
+        try:
+            next(layers)
+        except StopIteration as end:
+            result: R = end.value
+            return result
 
 
 def step_rows(model: Transformer) -> int:
@@ -303,53 +359,15 @@ def set_invariant(model: Transformer) -> None:
     (one thread, packed weights; `infmoe bench-engine --invariant`).
     """
     model.is_invariant = True
-    for stack, rows in ((model.encoder, SWEEP_ROWS), (model.decoder, step_rows(model))):
+    stacks = [(model.decoder, step_rows(model))]
+    if not model.config.is_decoder_only:
+        stacks.append((model.encoder, SWEEP_ROWS))
+    for stack, rows in stacks:
         for module in stack.modules():
-            if isinstance(module, Linear | FeedForward | MoELayer):
+            if isinstance(module, Linear | FeedForward | AnyMoE):
                 module.tile_rows = rows
     for block in model.decoder.blocks():
-        block.cross_attention.key_value.tile_rows = SWEEP_ROWS
+        if not model.config.is_decoder_only:
+            block.cross_attention.key_value.tile_rows = SWEEP_ROWS
     if not model.config.tied_embeddings:
         model.lm_head.tile_rows = step_rows(model)
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones counted once; works on the meta device."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def random_weight(
-    name: str,
-    shape: tuple[int, ...],
-    config: ModelConfig,
-    generator: torch.Generator,
-    centroid_gain: float = 0.01,
-) -> Tensor:
-    """A random start for the parameter of that name: T5's scales, orthogonal centroids, norms of 1.
-
-    Without the 1/sqrt(K) scale in attention, queries start smaller by that factor.
-    Source: T5 (mesh-tensorflow) initialisers; CPM-2's orthogonal 0.01 centroids.
-    """
-    if name.endswith(("norm", "norm.weight")):
-        return torch.ones(shape)
-    if name.endswith("centroids"):
-        return nn.init.orthogonal_(torch.empty(shape), gain=centroid_gain, generator=generator)
-    inner = config.num_heads * config.d_kv
-    wide = config.d_ff**-0.5
-    scales = {"out.weight": inner**-0.5, "wo.weight": wide, ".wo": wide, "embedding.weight": 1.0}
-    std = next((scale for end, scale in scales.items() if name.endswith(end)), config.d_model**-0.5)
-    weight = torch.empty(shape).normal_(0.0, std, generator=generator)
-    if name.endswith("qkv.weight"):
-        weight[:inner].mul_(config.d_kv**-0.5)
-    elif name.endswith("query.weight"):
-        weight.mul_(config.d_kv**-0.5)
-    return weight
-
-
-@torch.no_grad()
-def initialize(model: Transformer, seed: int, centroid_gain: float = 0.01) -> None:
-    """Fill a model with random weights, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        start = random_weight(name, tuple(weight.shape), model.config, generator, centroid_gain)
-        weight.copy_(start)
