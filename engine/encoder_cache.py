@@ -1,4 +1,7 @@
-"""What the encoder made of texts, kept for those that ask for the same again. S length, D width."""
+"""What the encoder made of texts, kept for those that ask for the same again. S length, D width.
+
+Of a decoder-only model that is the context, of which a text that only begins alike uses the part.
+"""
 
 import weakref
 from dataclasses import dataclass
@@ -9,7 +12,10 @@ from torch import Tensor
 
 from engine.adapters import Slots
 from engine.request import Request
+from engine.sources import Begun
 from engine.stats import CacheStats
+
+MIN_SHARED = 16  # tokens; to read fewer with the rest costs less than to read the rest alone
 
 
 class _Key(NamedTuple):
@@ -72,6 +78,25 @@ class EncoderCache:
         entry = self._entries[key] = self._entries.pop(key)
         return entry.encoded_SD
 
+    def begun(self, request: Request) -> Begun | None:
+        """The most of a request's text that begins a kept one, where only what came before counts.
+
+        None if it is no more than a few tokens, or the vectors of an adapter do not all come first.
+        """
+        key = _key(request)
+        if key is None or (key.slots is not None and key.slots.front != key.slots.num_vectors):
+            return None
+        best, found = MIN_SHARED - 1, None
+        for other, entry in self._entries.items():
+            if other._replace(ids=key.ids) == key and _is_of(entry, request):
+                shared = num_shared(key.ids, other.ids)
+                if shared > best:
+                    best, found = shared, entry
+        if found is None:
+            return None
+        vectors = key.slots.front if key.slots else 0
+        return Begun(found.encoded_SD[: vectors + best], best)
+
     def keep(self, request: Request, encoded_SD: Tensor) -> None:
         """Keep a copy of an output, if there is a salt, room, and no NaN in it."""
         key = _key(request)
@@ -98,6 +123,18 @@ class EncoderCache:
     def _forget(self, key: _Key) -> None:
         if (entry := self._entries.pop(key, None)) is not None:
             self._nbytes -= entry.encoded_SD.nbytes
+
+
+def num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Ids with which both begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared faster than ids one by one
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _key(request: Request) -> _Key | None:

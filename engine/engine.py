@@ -19,7 +19,7 @@ from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request
 from engine.room import Room
 from engine.scheduler import Demand, Limits, Scheduler
-from engine.sources import encode_layers
+from engine.sources import encode_layers, go_on_layers
 from engine.stats import CacheStats, WorkStats
 from engine.sweep import Accounts, J, Member, Sweep
 from engine.tasks import Course, Courses, start_task
@@ -28,7 +28,7 @@ from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
 
-GOOD_TURNS = 100  # without an error, for one more row after memory ran out
+GOOD_TURNS = 100  # without an error, for a little more at once after memory ran out
 
 
 class Engine(Generic[J]):
@@ -54,6 +54,7 @@ class Engine(Generic[J]):
         self._retries: deque[J] = deque()  # alone: those that failed together, for one
         self._good_turns = 0
         self._lacks_memory = False
+        self._step_s = 0.0  # that the last step of the batch took; 0: there was no row
         self.scheduler: Scheduler[J] = Scheduler(limits)
         self.noted = perf_counter()
         self.work = WorkStats()
@@ -99,7 +100,7 @@ class Engine(Generic[J]):
 
     @torch.inference_mode()
     def turn(self) -> list[tuple[J, Event]]:
-        """Let in, go on by one layer of the encoder and one token of each row; say what happened.
+        """Let in, go on by some layers of the encoder and a token of each row; say what happened.
 
         Beam searches go on by a token as well, and one other task by a pass. Each job's last event
         is Finished or Failed; a job that is cancelled has no more events.
@@ -110,13 +111,32 @@ class Engine(Generic[J]):
         told = self._end_late(self.noted)
         told += self._join_known()
         told += self._begin_sweep()
-        told += self._encode_layer()
-        self.noted = perf_counter()
-        self.work = self.work.with_step(len(self._batch))
-        told += self._tell(self._batch.step(self.scheduler.max_rows))
-        self.noted = perf_counter()
+        told += self._encode()
+        told += self._step()
         told += self._tell(self._courses.step())
-        self._adapt_rows()
+        self._adapt_limits()
+        return told
+
+    def _encode(self) -> list[tuple[J, Event]]:
+        """Go on with the sweep by a layer, and by more for as long as a step of the rows takes.
+
+        So a running stream waits twice as long at most, and who is new does not wait for a step
+        after each layer: of a short text a layer takes a tenth of a step.
+        """
+        began, told = perf_counter(), self._encode_layer()
+        while self._sweep is not None and perf_counter() - began < self._step_s:
+            self.noted = perf_counter()
+            told += self._encode_layer()
+        return told
+
+    def _step(self) -> list[tuple[J, Event]]:
+        """A token of each row."""
+        self.noted = perf_counter()
+        num_rows = len(self._batch)
+        self.work = self.work.with_step(num_rows)
+        told = self._tell(self._batch.step(self.scheduler.max_rows))
+        began, self.noted = self.noted, perf_counter()
+        self._step_s = self.noted - began if num_rows else 0.0
         return told
 
     # --- who leaves early
@@ -239,12 +259,34 @@ class Engine(Generic[J]):
         ready = [job for job in jobs if known.knows(job.request)]
         for job in unknown:
             known.find(job.request)  # is counted: as missed
+        unknown = self._go_on(unknown)
         if unknown:
             texts = list(dict.fromkeys(job.request.source for job in unknown))
             self._sweep = Sweep(unknown, texts, encode_layers(self._model, texts), self._moved())
             num_tokens = sum(text.num_positions for text in texts)
             self.work = self.work.with_sweep(len(texts), num_tokens)
         return self._join_from_cache(ready)
+
+    def _go_on(self, unknown: list[J]) -> list[J]:
+        """Of texts that begin with one that was read, read the rest, alone; returns the others.
+
+        A batch-invariant answer may not depend on what was read before.
+        """
+        if not self._model.config.is_decoder_only or self._model.is_invariant:
+            return unknown
+        begun = [(job, self._room.known.begun(job.request)) for job in unknown]
+        others = [job for job, part in begun if part is None]
+        more = [(job, part) for job, part in begun if part is not None]
+        if others or not more:
+            self._retries += [job for job, _ in more]
+            return others
+        (job, part), *later = more
+        self._retries += [job for job, _ in later]
+        source = job.request.source
+        layers = go_on_layers(self._model, source, part)
+        self._sweep = Sweep([job], [source], layers, self._moved(), part.num_ids)
+        self.work = self.work.with_sweep(1, len(source.ids) - part.num_ids)
+        return []
 
     def _next_sweep(self) -> list[J]:
         return self.scheduler.next_sweep(perf_counter(), self._num_rows(), self._has_room)
@@ -259,7 +301,7 @@ class Engine(Generic[J]):
         except StopIteration as end:
             encoded_BSD: Tensor = end.value
         except ROW_ERRORS as error:
-            self._note_error(error)
+            self._note_error(error, sweep)
             self._sweep = None
             if len(sweep.jobs) > 1:
                 self._retries += sweep.jobs
@@ -278,7 +320,8 @@ class Engine(Generic[J]):
         members, which = [], []
         for job in sweep.jobs:
             queued_s = sweep.began - job.submitted
-            members.append((job, Accounts(queued_s, encode_s, sweep.moved_before)))
+            accounts = Accounts(queued_s, encode_s, sweep.moved_before, sweep.cached_tokens)
+            members.append((job, accounts))
             which.append(sweep.texts.index(job.request.source))
             source = job.request.source.num_positions
             self._keep(job.request, encoded_BSD[which[-1], :source])
@@ -322,7 +365,7 @@ class Engine(Generic[J]):
             return make_row(request, self._model, self._tokenizer)
         # a copy: a view would keep the texts of the whole sweep
         encoded_SD = encoded_SD[: request.source.num_positions].clone()
-        most = self.scheduler.limits.max_sweep_tokens
+        most = self.scheduler.max_sweep_tokens
         steps = start_task(self._model, self._tokenizer, request, encoded_SD, most)
         return Course(request, steps, search_bytes(request, self._model))
 
@@ -344,24 +387,34 @@ class Engine(Generic[J]):
                 del self._jobs[member]
         return told
 
-    def _note_error(self, error: Exception) -> None:
-        """Take note of what an error means for others. Raises DeviceLost if it is the end."""
+    def _note_error(self, error: Exception, sweep: Sweep[J] | None = None) -> None:
+        """Take note of what an error, in a sweep perhaps, means for others.
+
+        Raises DeviceLost if it is the end.
+        """
         if is_device_lost(error):
             raise DeviceLost(f"the device has failed: {error}") from error
         self._good_turns = -1
-        self._lacks_memory |= is_out_of_memory(error)
+        if not is_out_of_memory(error):
+            return
+        if sweep is None or len(sweep.texts) == 1:  # what else takes memory are rows
+            self._lacks_memory = True
+            return
+        self.scheduler.lower_sweep(sweep.num_tokens)
+        most = self.scheduler.max_sweep_tokens
+        logger.warning("memory ran out; at most %d tokens in a sweep from now on", most)
 
-    def _adapt_rows(self) -> None:
-        """After want of memory, half as many rows at most; a row more after many good turns."""
-        scheduler, most = self.scheduler, self.scheduler.limits.max_rows
+    def _adapt_limits(self) -> None:
+        """After want of memory, half as many rows at most; a little more after many good turns."""
         if self._lacks_memory:
             self._lacks_memory = False
-            scheduler.max_rows = max(scheduler.max_rows // 2, 1)
-            logger.warning("memory ran out; at most %d rows from now on", scheduler.max_rows)
+            self.scheduler.lower_rows()
+            most = self.scheduler.max_rows
+            logger.warning("memory ran out; at most %d rows from now on", most)
         self._good_turns += 1
         if self._good_turns >= GOOD_TURNS:
             self._good_turns = 0
-            scheduler.max_rows = min(scheduler.max_rows + 1, most)
+            self.scheduler.recover()
 
 
 def _failed(error: Exception) -> Failed:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters import Adapter, Slots
+from engine.model.context import Past
 from engine.model.transformer import Transformer
 
 NO_SLOTS = Slots()
@@ -52,6 +53,13 @@ class Source(NamedTuple):
         return list(chain(*(range(start, start + count) for start, count in lanes)))
 
 
+class Begun(NamedTuple):
+    """The part of a text that was read before: its context, and how many of its ids."""
+
+    context_PW: Tensor
+    num_ids: int
+
+
 class EncoderInput(NamedTuple):
     """Arguments of `Transformer.encode`; no embeddings where the ids tell all."""
 
@@ -82,6 +90,16 @@ def gather(model: Transformer, sources: Sequence[Source]) -> EncoderInput:
     # one copy for all rows: as fast for as many adapters as there are rows as for one
     x_BSD.view(-1, x_BSD.shape[-1]).index_copy_(0, torch.tensor(places, device=device), vectors)
     return EncoderInput(tokens_BS, segments_BS, x_BSD)
+
+
+def go_on_layers(model: Transformer, source: Source, begun: Begun) -> Generator[None, None, Tensor]:
+    """Read what is left of a text, layer by layer. Returns its whole context, (1, S, W)."""
+    device = model.embedding.weight.device
+    rest_1S = torch.tensor([source.ids[begun.num_ids :]], dtype=torch.int64, device=device)
+    kept_1PW = begun.context_PW.unsqueeze(0)
+    past = Past(kept_1PW, torch.tensor([kept_1PW.shape[1]], device=device))
+    new_1SW = yield from model.go_on_layers(rest_1S, torch.ones_like(rest_1S), past)
+    return torch.cat([kept_1PW, new_1SW], 1)
 
 
 def encode_layers(model: Transformer, sources: Sequence[Source]) -> Generator[None, None, Tensor]:

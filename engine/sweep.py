@@ -53,4 +53,10 @@ class Sweep(Generic[J]):
     texts: list[Source]
     layers: Generator[None, None, Tensor]
     moved_before: PipelineStats | None
+    cached_tokens: int = 0
     began: float = field(default_factory=perf_counter)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of the texts with their padding."""
+        return len(self.texts) * max(text.num_positions for text in self.texts)

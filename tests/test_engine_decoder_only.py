@@ -260,6 +260,56 @@ def test_a_prompt_that_was_read_before_is_not_read_again():
     assert engine.known.hits == 1
 
 
+@pytest.mark.parametrize("name", ["llama", "windowed"])
+def test_of_a_prompt_that_begins_with_a_known_one_only_the_rest_is_read(name):
+    model, start = MODELS[name], "the same beginning, "
+    engine = Engine(model, TOKENIZER, Limits(encoder_cache_bytes=1 << 20))
+    read = []
+    inner = model.go_on_layers
+
+    class Counting:
+        def __getattr__(self, attribute):
+            return getattr(model, attribute)
+
+        def go_on_layers(self, tokens, segments, past):
+            read.append(tokens.shape[1])
+            return inner(tokens, segments, past)
+
+    engine = Engine(Counting(), TOKENIZER, Limits(encoder_cache_bytes=1 << 20))
+    texts = [start, f"{start}and more", f"{start}and others", f"{start}and"]
+    made = [make_request(t, CONFIGS[name], max_tokens=5, ignore_eos=True) for t in texts]
+    jobs = [Job(replace(request, salt="s")) for request in made]
+    others = [Job(replace(made[1], salt="t")), Job(made[1])]  # strangers to it
+    events = run(engine, {0: jobs[:1], 40: jobs[1:] + others})
+    for job in [*jobs, *others]:
+        assert pieces(events[job]) == pieces(alone(model, job.request))
+    assert sorted(read) == [0, 5, 8]  # of "and", "and others", "and more"
+    told = [events[job][-1].cached_tokens for job in [*jobs, *others]]
+    assert told[0] == told[4] == told[5] == 0
+    assert min(told[1:4]) >= len(start) - 1
+
+
+def test_vectors_of_another_adapter_share_no_beginning():
+    model = MODELS["llama"]
+    engine = Engine(model, TOKENIZER, Limits(encoder_cache_bytes=1 << 20))
+    jobs = []
+    for number in range(2):
+        generator = torch.Generator().manual_seed(number)
+        vectors = torch.randn(3, LLAMA.d_model, generator=generator).double()
+        adapter = Adapter(name=f"a{number}", version="1", prompt_PD=vectors, slots=Slots(front=3))
+        for end in ("one", "two"):
+            params = SamplingParams(max_tokens=5, ignore_eos=True)
+            text = f"the same beginning, {end}"
+            request = build_request(text, TOKENIZER, LLAMA, params, "r", adapter=adapter)
+            jobs.append(Job(replace(request, salt="s")))
+    events = run(engine, {20 * turn: [job] for turn, job in enumerate(jobs)})
+    for job in jobs:
+        assert pieces(events[job]) == pieces(alone(model, job.request))
+    told = [events[job][-1].cached_tokens for job in jobs]
+    assert told[0] == told[2] == 0
+    assert told[1] == told[3] == 20
+
+
 def test_what_a_decoder_only_model_cannot_do_is_refused():
     with pytest.raises(RequestError, match="does not fill blanks"):
         make_request("a<span>b", LLAMA, fill=True, max_tokens=4)
