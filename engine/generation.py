@@ -51,6 +51,8 @@ class Generation:
         self.prefix = decoder_prefix(request, tokenizer, config)
         self.history = list(self.prefix)  # all ids that the decoder has read or made
         self.counts = Counter(self.prefix)
+        if config.is_decoder_only:  # what was given has occurred, but was not said
+            self.counts = Counter(dict.fromkeys((*request.encoder_ids, *self.prefix), 0))
         self.num_tokens = 0
         self.blank = 0
         self.blank_tokens = 0

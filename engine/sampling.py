@@ -88,7 +88,8 @@ def penalize(logits_V: Tensor, params: SamplingParams, counts: Mapping[int, int]
 
     repetition: positive scores of ids that occurred are divided by it, negative ones multiplied;
     presence: subtracted once from the score of each id that occurred; frequency: as often as it
-    occurred. The argument is left as it is.
+    occurred. An id that was only given to be gone on from has a count of 0, and is repeated if it
+    comes, but not present yet. The argument is left as it is.
     Source: CTRL (arXiv:1909.05858) s4.1 for repetition; OpenAI's API reference for the others.
     """
     if not (params.has_penalties and counts) and not params.logit_bias:
@@ -100,7 +101,8 @@ def penalize(logits_V: Tensor, params: SamplingParams, counts: Mapping[int, int]
         seen = scores_V[ids]
         by = params.repetition_penalty
         seen = torch.where(seen < 0, seen * by, seen / by)
-        scores_V[ids] = seen - params.presence_penalty - params.frequency_penalty * times
+        presence = params.presence_penalty * (times > 0)
+        scores_V[ids] = seen - presence - params.frequency_penalty * times
     if params.logit_bias:
         biased, biases = zip(*params.logit_bias, strict=True)
         ids = torch.tensor(biased, device=scores_V.device)

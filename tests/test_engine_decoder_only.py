@@ -12,7 +12,9 @@ from engine.adapters import Adapter, Slots
 from engine.beam import beam_search
 from engine.engine import Engine
 from engine.errors import PromptTooLong, RequestError
+from engine.generation import Generation
 from engine.model.context import Past
+from engine.model.transformer import set_invariant
 from engine.prompt import build_request
 from engine.request import (
     BeamParams,
@@ -23,6 +25,7 @@ from engine.request import (
     SamplingParams,
     Scored,
 )
+from engine.sampling import penalize
 from engine.scheduler import Limits
 from engine.scoring import make_question, score
 from tests.engine_jobs import TOKENIZER, Job, alone, make_request, pieces, run, without_times
@@ -308,6 +311,37 @@ def test_vectors_of_another_adapter_share_no_beginning():
     told = [events[job][-1].cached_tokens for job in jobs]
     assert told[0] == told[2] == 0
     assert told[1] == told[3] == 20
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "windowed"])
+def test_in_invariant_mode_a_batch_changes_no_bit(name):
+    model = tiny_model(CONFIGS[name], seed=6)
+    set_invariant(model)
+    texts = ["a", "some longer text " * 3, "hello there", "abc" * 21, "x" * 70, "yz"]
+    more = {"ignore_eos": True, "logprobs": 2, "temperature": 1.0}
+    made = [
+        make_request(text, CONFIGS[name], max_tokens=8 + 3 * number, seed=number, **more)
+        for number, text in enumerate(texts)
+    ]
+    made[2] = replace(made[2], params=replace(made[2].params, prompt_logprobs=1))
+    made[2] = replace(made[2], num_held=len(made[2].encoder_ids))
+    jobs = [Job(request) for request in made]
+    together = run(Engine(model, TOKENIZER, Limits(window_s=0.0)), {0: jobs[:3], 2: jobs[3:]})
+    for job in jobs:
+        (single,) = run(Engine(model, TOKENIZER, Limits()), {0: [job]}).values()
+        assert pieces(together[job]) == pieces(single)
+
+
+def test_a_prompt_counts_for_repetition_and_not_for_presence():
+    row = Generation(make_request("aab", LLAMA, max_tokens=4), TOKENIZER, LLAMA)
+    a, b = TOKENIZER.encode("ab")
+    row.push(b)
+    scores = torch.zeros(LLAMA.vocab_size)
+    scores[[a, b]] = 6.0
+    params = SamplingParams(repetition_penalty=2.0)
+    assert penalize(scores, params, row.counts)[[a, b]].tolist() == [3.0, 3.0]
+    params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
+    assert penalize(scores, params, row.counts)[[a, b]].tolist() == [6.0, 4.5]
 
 
 def test_what_a_decoder_only_model_cannot_do_is_refused():
