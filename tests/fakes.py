@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import uvicorn
 from engine.adapters import Base
 from engine.config import ModelConfig
 from engine.errors import EngineStopped, Overloaded
+from engine.model.transformer import Transformer
 from engine.planning import MemoryPlan
 from engine.progress import LoadProgress
 from engine.request import Event, Failed, Finished, FinishReason, Piece, Request
@@ -24,6 +24,7 @@ from server.app import create_app
 from server.lifecycle import open_socket
 from server.settings import Settings
 from tests.tiny import byte_tokenizer, tiny_model
+from tests.waiting import wait_for
 
 TINY_CONFIG = ModelConfig(
     vocab_size=ByteTokenizer.vocab_size,
@@ -209,13 +210,12 @@ def live_server(engine: FakeEngine, **settings: object) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def tiny_worker(**options: object) -> Iterator[Worker]:
+def tiny_worker(model: Transformer | None = None, **options: object) -> Iterator[Worker]:
     """The real engine with a tiny model of random weights, ready; drained at the end."""
-    loaded = LoadedModel(tiny_model(), byte_tokenizer())
+    loaded = LoadedModel(model or tiny_model(), byte_tokenizer())
     worker = Worker("tiny", lambda _: loaded, **options)
     worker.start()
-    while worker.state in ("starting", "loading"):
-        time.sleep(0.005)
+    wait_for(lambda: worker.state not in ("starting", "loading"))
     try:
         yield worker
     finally:

@@ -5,7 +5,6 @@ that NODE_PATH names); what is not installed is skipped by name.
 """
 
 import asyncio
-import contextlib
 import json
 import math
 import os
@@ -13,13 +12,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
+
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.clients
 
@@ -41,16 +41,20 @@ def server():
     )
     try:
         url = next(found[1] for line in process.stderr if (found := GREETING.search(line)))
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            with contextlib.suppress(urllib.error.URLError):
-                urllib.request.urlopen(f"{url}/health/ready", timeout=5).close()
-                break
-            time.sleep(0.05)
+        wait_for(lambda: is_ready(url))
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
+
+
+def is_ready(url):
+    try:
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=60):
+            return True
+    except urllib.error.HTTPError as error:  # 503 until the model is loaded
+        error.close()
+        return False
 
 
 @pytest.fixture
@@ -232,7 +236,7 @@ def test_llm_command(server, tmp_path):
 """
     (tmp_path / "extra-openai-models.yaml").write_text(models, encoding="utf-8")
     (tmp_path / "keys.json").write_text(json.dumps({"ours": KEY}), encoding="utf-8")
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
     for model in ("ours", "ours-chat"):
         for flags in ([], ["--no-stream"]):
             result = subprocess.run(
@@ -304,7 +308,7 @@ def test_our_harness_model_scores_through_the_encoder(server):
             json.dumps({"context": "The sea was", "continuations": [" calm", " a house"]}).encode(),
             {"content-type": "application/json", "authorization": f"Bearer {KEY}"},
         ),
-        timeout=30,
+        timeout=60,
     ) as reply:
         told = json.load(reply)["data"][0]["scores"]
     assert [logprob for logprob, _ in found] == [score["logprob"] for score in told]
@@ -362,9 +366,9 @@ def test_curl(server):
     good = subprocess.run(
         [*common, '{"prompt": "Hi", "max_tokens": 3, "stream": true}', "-N"],
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=True,
     )
     assert good.stdout.endswith(b"data: [DONE]\n\n")
-    bad = subprocess.run([*common, "{"], capture_output=True, timeout=30, check=True)
+    bad = subprocess.run([*common, "{"], capture_output=True, timeout=60, check=True)
     assert json.loads(bad.stdout)["error"]["code"] == "invalid_json"

@@ -1,11 +1,11 @@
 """The demo model as users meet it: served by the command, called by an unmodified client."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,35 +19,43 @@ from engine.prompt import build_request
 from engine.request import Piece, SamplingParams
 from engine.tokenizer import open_tokenizer
 from server.__main__ import main
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
-READY_S = 60
+
+
+@contextlib.contextmanager
+def serving(*options):
+    """A server process on a free port, and what it has logged at the end; drained, or killed."""
+    command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0", *options]
+    log = []
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            greeting = process.stderr.readline()
+            url = re.search(r"http://127\.0\.0\.1:\d+", greeting).group()
+            wait_for(lambda: is_ready(url))
+            yield url, log
+            process.send_signal(signal.SIGTERM)
+            log.append(process.communicate(timeout=60)[1])
+        finally:
+            process.kill()
+    assert process.returncode == 0, log
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/health/ready", timeout=60):
+            return True
+    except urllib.error.HTTPError as error:  # 503 until the model is loaded
+        error.close()
+        return False
 
 
 @pytest.fixture(scope="module")
 def demo_url():
-    """A server process on a free port; drained at the end."""
-    command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        greeting = process.stderr.readline()
-        url = re.search(r"http://127\.0\.0\.1:\d+", greeting).group()
-        wait_until_ready(url)
+    with serving() as (url, _):
         yield url
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-    assert process.returncode == 0
-
-
-def wait_until_ready(url: str) -> None:
-    for _ in range(READY_S * 20):
-        try:
-            with urllib.request.urlopen(url + "/health/ready", timeout=5):
-                return
-        except urllib.error.HTTPError as error:  # 503 until the model is loaded
-            error.close()
-        time.sleep(0.05)
-    raise AssertionError("the server did not get ready")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +113,7 @@ def test_blanks_are_filled_over_http(client):
 @pytest.mark.slow
 def test_models_and_metrics_name_the_demo(demo_url, client):
     assert [model.id for model in client.models.list()] == ["demo"]
-    with urllib.request.urlopen(demo_url + "/metrics", timeout=5) as reply:
+    with urllib.request.urlopen(demo_url + "/metrics", timeout=60) as reply:
         assert b"infmoe_" in reply.read()
 
 
@@ -141,24 +149,17 @@ def least_memory() -> int:
 @pytest.mark.slow
 def test_the_demo_serves_the_same_text_within_some_of_its_experts():
     """Room for 11 experts more than the least, give or take what a process takes more or less."""
-    command = [sys.executable, "-m", "server", "serve", str(DEMO), "--port", "0"]
-    command += ["--memory", str(least_memory() + 3 * 2**20)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
-        wait_until_ready(url)
+    with serving("--memory", str(least_memory() + 3 * 2**20)) as (url, log):
         with openai.OpenAI(base_url=url + "/v1", api_key="unused") as opened:
             reply = opened.completions.create(
                 model="demo", prompt=PROMPTS[0], max_tokens=16, temperature=0
             )
-        with urllib.request.urlopen(url + "/metrics", timeout=5) as metrics:
+        with urllib.request.urlopen(url + "/metrics", timeout=60) as metrics:
             text = metrics.read().decode()
-        with urllib.request.urlopen(url + "/v1/info", timeout=5) as info:
+        with urllib.request.urlopen(url + "/v1/info", timeout=60) as info:
             facts = json.load(info)
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
-    assert process.returncode == 0, log
     assert reply.choices[0].text == plain(PROMPTS[0], max_tokens=16)
-    slots = int(re.search(r"; (\d+) slots for 24 experts", log)[1])
+    slots = int(re.search(r"; (\d+) slots for 24 experts", log[0])[1])
     assert 2 <= slots < 24
     assert float(re.search(r"^infmoe_expert_misses_total (\S+)$", text, re.M)[1]) > 0
     assert facts["plan"]["planned_bytes"]["host"] <= facts["plan"]["budget_bytes"]["host"]

@@ -230,18 +230,18 @@ def test_streams_pass_the_proxy_as_they_come_and_metrics_stay_inside(tmp_path):
                 if "serving initial configuration" in line:
                     break
             body = {"prompt": "ab", "stream": True}
-            with httpx2.stream("POST", f"{site}/v1/completions", json=body, timeout=20) as reply:
+            with httpx2.stream("POST", f"{site}/v1/completions", json=body, timeout=60) as reply:
                 lines = reply.iter_lines()
                 assert '"a"' in next(lines)  # while the engine still waits
-                assert engine.held.wait(20)
+                assert engine.held.wait(60)
                 engine.release()
                 assert [line for line in lines if line][-1] == "data: [DONE]"
-            assert httpx2.get(f"{site}/health/ready").status_code == 200
+            assert httpx2.get(f"{site}/health/ready", timeout=60).status_code == 200
             for path in ("/metrics", "/admin/adapters"):
-                assert httpx2.get(f"{site}{path}").status_code == 404
+                assert httpx2.get(f"{site}{path}", timeout=60).status_code == 404
         finally:
             proxy.terminate()
-            proxy.communicate(timeout=20)
+            proxy.communicate(timeout=60)
     assert proxy.returncode == 0
 
 

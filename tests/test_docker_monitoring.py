@@ -170,14 +170,14 @@ def prometheus(folder, address):
         stderr=subprocess.DEVNULL,
     )
     try:
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=10) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=60) as client:
             yield client
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
-def wait_for(look, seconds=30):
+def wait_for(look, seconds=60):
     """What `look` finds, as soon as it finds something."""
     end_s = time.monotonic() + seconds
     while time.monotonic() < end_s:
@@ -209,7 +209,7 @@ def test_a_real_prometheus_scrapes_a_server_and_evaluates_every_alert(tmp_path):
     ):
         is_up = 'up{job="infmoe"} == 1'
         wait_for(lambda: client.get("/query", params={"query": is_up}).json()["data"]["result"])
-        assert httpx2.get(f"{address}/metrics").status_code == 401  # the key was needed
+        assert httpx2.get(f"{address}/metrics", timeout=60).status_code == 401  # the key was needed
 
         def evaluated():
             (group,) = ask(client, "/rules")["groups"]

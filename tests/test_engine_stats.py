@@ -1,12 +1,12 @@
 """How much is done together: steps and their rows, sweeps and their texts."""
 
 import asyncio
-import threading
 
 from engine.request import Request, SamplingParams
 from engine.stats import WorkStats
 from engine.worker import LoadedModel, Worker
 from tests.tiny import byte_tokenizer, tiny_model
+from tests.waiting import wait_for
 
 
 def test_steps_and_sweeps_are_added_up():
@@ -18,8 +18,7 @@ def test_a_worker_counts_what_it_does_together():
     worker = Worker("tiny", lambda _: LoadedModel(tiny_model(), byte_tokenizer()))
 
     worker.start()
-    while worker.state != "ready":
-        threading.Event().wait(0.01)
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         params = SamplingParams(max_tokens=5, ignore_eos=True)
@@ -33,9 +32,9 @@ def test_a_worker_counts_what_it_does_together():
             async for _ in stream:
                 pass
 
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), 60))
     work = worker.stats().work
-    assert worker.drain(20)
+    assert worker.drain(60)
     assert work.rows == 12  # a row each for five tokens, of which the first needs no step
     assert 4 <= work.steps <= 12
     assert 1 <= work.sweeps <= 3

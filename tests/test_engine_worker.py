@@ -21,6 +21,7 @@ from engine.errors import (
 )
 from engine.experts import load_offloaded
 from engine.generation import generate
+from engine.pace import NUM_ENDS
 from engine.prompt import build_request
 from engine.request import (
     BeamParams,
@@ -37,9 +38,10 @@ from engine.request import (
 from engine.scheduler import Limits
 from engine.worker import LoadedModel, Worker
 from tests.tiny import MOE, byte_tokenizer, tiny_model
+from tests.waiting import wait_for
 
 TOKENIZER = byte_tokenizer()
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 def request(text="hello", request_id="r", **params) -> Request:
@@ -54,17 +56,8 @@ def load(report):
 def ready_worker(**settings) -> Worker:
     worker = Worker("tiny", load, **settings)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
     return worker
-
-
-def wait_until(condition) -> None:
-    deadline = threading.Event()
-    for _ in range(TIMEOUT_S * 100):
-        if condition():
-            return
-        deadline.wait(0.01)
-    raise AssertionError("waited too long")
 
 
 async def collect(stream) -> list:
@@ -132,7 +125,7 @@ def test_offloaded_experts_are_counted(tmp_path):
     worker = Worker("tiny", load_with_budget)
     assert worker.stats().experts is None
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         return await collect(worker.submit(request(max_tokens=6, temperature=1.0, seed=3)))
@@ -158,7 +151,7 @@ def test_an_expert_that_cannot_be_read_fails_its_requests_and_the_worker_goes_on
 
     worker = Worker("tiny", load_with_budget)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         return await collect(worker.submit(request(max_tokens=6, temperature=1.0, seed=3)))
@@ -186,7 +179,7 @@ def test_loading_is_told_apart_from_ready_and_refuses_requests():
     worker = Worker("tiny", slow_load)
     assert worker.state == "starting"
     worker.start()
-    wait_until(lambda: worker.phase == "reading weights")
+    wait_for(lambda: worker.phase == "reading weights")
     assert worker.state == "loading"
     with pytest.raises(EngineStopped, match="not loaded: reading weights"):
         _ = worker.config
@@ -197,7 +190,7 @@ def test_loading_is_told_apart_from_ready_and_refuses_requests():
 
     run(scenario())
     gate.set()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
     assert worker.config == MOE
     assert worker.drain(TIMEOUT_S)
 
@@ -208,7 +201,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_reason():
 
     worker = Worker("tiny", bad_load)
     worker.start()
-    wait_until(lambda: worker.state == "failed")
+    wait_for(lambda: worker.state == "failed")
     assert worker.failure == "x: is empty"
     with pytest.raises(EngineStopped, match="not loaded: x: is empty"):
         _ = worker.tokenizer
@@ -237,20 +230,20 @@ def test_draining_does_not_wait_for_a_model_that_is_being_loaded():
 
     worker = Worker("tiny", slow_load)
     worker.start()
-    wait_until(lambda: worker.phase == "reading weights")
+    wait_for(lambda: worker.phase == "reading weights")
     began = perf_counter()
     assert not worker.drain(TIMEOUT_S)
     assert perf_counter() - began < TIMEOUT_S / 2
     assert (worker.state, worker.phase) == ("draining", "draining")
     gate.set()
-    wait_until(lambda: worker.state == "stopped")
+    wait_for(lambda: worker.state == "stopped")
 
 
 def test_a_full_queue_is_an_error_and_the_others_are_served():
     gate = Gate()
     worker = Worker("tiny", gate.load, max_queue=2)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         running = worker.submit(request(max_tokens=2))
@@ -270,7 +263,7 @@ def test_closing_a_stream_ends_the_request_at_its_next_step():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         stream = worker.submit(request(max_tokens=200, temperature=1.0))
@@ -304,7 +297,7 @@ def test_a_request_that_breaks_is_told_and_the_next_is_served():
 
     worker = Worker("tiny", broken_once)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         return [await collect(worker.submit(request(max_tokens=1))) for _ in range(2)]
@@ -319,12 +312,12 @@ def test_draining_finishes_what_was_accepted_and_refuses_the_rest():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         streams = [worker.submit(request(max_tokens=2)) for _ in range(3)]
         drain = asyncio.create_task(asyncio.to_thread(worker.drain, TIMEOUT_S))
-        await asyncio.to_thread(wait_until, lambda: worker.state == "draining")
+        await asyncio.to_thread(wait_for, lambda: worker.state == "draining")
         with pytest.raises(EngineStopped, match="the engine is draining"):
             worker.submit(request())
         gate.opened.set()
@@ -341,7 +334,7 @@ def test_draining_that_takes_too_long_fails_what_is_left():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         streams = [worker.submit(request(max_tokens=2)) for _ in range(2)]
@@ -353,14 +346,14 @@ def test_draining_that_takes_too_long_fails_what_is_left():
         text = "the server stopped before the request was finished"
         assert events == [Failed(text, is_shutdown=True)]
     gate.opened.set()
-    wait_until(lambda: worker.state == "stopped")
+    wait_for(lambda: worker.state == "stopped")
 
 
 def test_closed_requests_hold_no_place_in_the_queue():
     gate = Gate()
     worker = Worker("tiny", gate.load, max_queue=1)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         worker.submit(request(max_tokens=1))
@@ -376,10 +369,13 @@ def test_closed_requests_hold_no_place_in_the_queue():
 
 
 def test_a_broken_engine_thread_leaves_no_request_waiting():
+    submitted = threading.Event()
+
     def fails_our_own_check(report):
         loaded = load(report)
 
         def encode(*args):
+            assert submitted.wait(TIMEOUT_S)
             raise AssertionError("our mistake")
 
         loaded.model.encode_layers = encode
@@ -387,17 +383,18 @@ def test_a_broken_engine_thread_leaves_no_request_waiting():
 
     worker = Worker("tiny", fails_our_own_check)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         streams = [worker.submit(request(max_tokens=1)) for _ in range(2)]
+        submitted.set()
         return await asyncio.gather(*map(collect, streams), return_exceptions=True)
 
     results = run(scenario())
     ended = [Failed("the engine ended before the request was finished")]
     assert results[0] == ended
     assert results[1] == ended
-    wait_until(lambda: worker.state == "failed")
+    wait_for(lambda: worker.state == "failed")
     assert worker.failure == "the engine thread broke"
 
 
@@ -414,13 +411,13 @@ def test_whatever_a_library_raises_ends_the_thread_no_request_waits_for_ever():
 
     worker = Worker("tiny", exits, stall_s=30.0)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         return await collect(worker.submit(request(max_tokens=1)))
 
     assert run(scenario()) == [Failed("the engine ended before the request was finished")]
-    wait_until(lambda: not worker.is_alive)
+    wait_for(lambda: not worker.is_alive)
     assert (worker.state, worker.failure) == ("failed", "the engine thread broke")
     assert worker._ended.is_set()  # so its watch ends as well
 
@@ -441,7 +438,7 @@ def test_a_listener_whose_loop_is_gone_does_not_hurt_the_engine():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def leave():
         worker.submit(request(max_tokens=3))
@@ -461,7 +458,7 @@ def test_closing_a_stream_wakes_who_waits_for_it():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         stream = worker.submit(request(max_tokens=2))
@@ -487,10 +484,10 @@ def test_a_model_that_arrives_after_the_drain_is_closed():
 
     worker = Worker("tiny", slow_load)
     worker.start()
-    wait_until(lambda: worker.phase == "reading weights")
+    wait_for(lambda: worker.phase == "reading weights")
     assert not worker.drain(0.0)
     gate.set()
-    wait_until(lambda: worker.state == "stopped")
+    wait_for(lambda: worker.state == "stopped")
     assert closed.is_set()
     assert worker.phase == "stopped"
 
@@ -499,14 +496,14 @@ def test_a_request_that_the_drain_ended_is_not_counted_as_finished():
     gate = Gate()
     worker = Worker("tiny", gate.load)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         stream = worker.submit(request(max_tokens=1))
         await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
         assert not await asyncio.to_thread(worker.drain, 0.0)
         gate.opened.set()
-        await asyncio.to_thread(wait_until, lambda: worker.state == "stopped")
+        await asyncio.to_thread(wait_for, lambda: worker.state == "stopped")
         return await collect(stream)
 
     assert [type(event) for event in run(scenario())] == [Failed]
@@ -517,7 +514,7 @@ def test_the_wait_that_is_told_follows_the_pace():
     gate = Gate()
     worker = Worker("tiny", gate.load, max_queue=4)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def refused():
         with pytest.raises(Overloaded) as caught:
@@ -526,11 +523,10 @@ def test_the_wait_that_is_told_follows_the_pace():
 
     async def scenario():
         gate.opened.set()
-        await collect(worker.submit(request(max_tokens=1)))  # the kernels are warm
         began = perf_counter()
-        for _ in range(32):
+        for _ in range(NUM_ENDS):
             await collect(worker.submit(request(max_tokens=1)))
-        pace_s = (perf_counter() - began) / 32
+        pace_s = (perf_counter() - began) / NUM_ENDS
         gate.reached.clear()
         gate.opened.clear()
         running = worker.submit(request(max_tokens=1))
@@ -542,7 +538,7 @@ def test_the_wait_that_is_told_follows_the_pace():
         return wait_s, pace_s
 
     wait_s, pace_s = run(scenario())
-    assert 0 < wait_s <= 2 * pace_s * 1.5  # half of those that wait
+    assert 0 < wait_s <= 2 * pace_s  # half of those that wait; the engine is a part of all
     assert worker.drain(TIMEOUT_S)
 
 
@@ -560,7 +556,7 @@ def gated_worker(**settings):
     gate = Gate()
     worker = Worker("tiny", gate.load, **settings)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
     return gate, worker
 
 
@@ -621,14 +617,15 @@ def test_what_can_never_be_carried_out_is_refused():
 
 
 def test_tasks_are_answered_and_ends_are_counted():
-    worker = ready_worker()
+    gate, worker = gated_worker()
 
     async def scenario():
         searched = worker.submit(replace(request(max_tokens=4), task=BeamParams(num_beams=2)))
         vector = worker.submit(replace(request(), task=Pooling()))
         late = worker.submit(replace(request(), deadline_s=1e-6))
-        closed = worker.submit(request(max_tokens=50))
+        closed = worker.submit(request(max_tokens=50, ignore_eos=True))
         await closed.aclose()
+        gate.opened.set()
         return [await collect(stream) for stream in (searched, vector, late)]
 
     searched, vector, late = run(scenario())
@@ -645,7 +642,7 @@ def test_tasks_are_answered_and_ends_are_counted():
 
 
 def test_a_step_that_hangs_fails_the_worker_and_all_its_requests(caplog):
-    gate, worker = gated_worker(stall_s=0.2)
+    gate, worker = gated_worker(stall_s=2.0)
     assert worker.stalled_s() == 0
 
     async def scenario():
@@ -657,15 +654,15 @@ def test_a_step_that_hangs_fails_the_worker_and_all_its_requests(caplog):
     try:
         for events in run(scenario()):
             (failed,) = events
-            assert failed.message.startswith("the engine is stuck: a step has taken 0.")
+            assert failed.message.startswith("the engine is stuck: a step has taken ")
         assert (worker.state, worker.is_alive) == ("failed", True)
-        assert worker.failure.endswith("the limit is 0.2 s")
+        assert worker.failure.endswith("the limit is 2 s")
         assert "self.opened" in caplog.text or "gated" in caplog.text  # where it hangs
         assert worker.stats().failed == 3
         assert not worker.drain(0.0)
     finally:
         gate.opened.set()
-    wait_until(lambda: not worker.is_alive)
+    wait_for(lambda: not worker.is_alive)
     assert worker.state == "failed"
 
 
@@ -680,14 +677,17 @@ def test_a_worker_that_goes_on_is_left_alone_by_its_watch():
     assert (worker.state, worker.stalled_s()) == ("ready", 0.0)
     assert worker.drain(TIMEOUT_S)
     worker._ended.wait(TIMEOUT_S)
-    wait_until(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_a_device_that_is_lost_fails_the_worker_for_good():
+    submitted = threading.Event()
+
     def load_lost(report):
         loaded = load(report)
 
         def step(*_):
+            assert submitted.wait(TIMEOUT_S)
             raise RuntimeError("CUDA error: device-side assert triggered")
 
         loaded.model.step = step
@@ -695,15 +695,16 @@ def test_a_device_that_is_lost_fails_the_worker_for_good():
 
     worker = Worker("tiny", load_lost)
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
 
     async def scenario():
         streams = [worker.submit(request(max_tokens=2)) for _ in range(2)]
+        submitted.set()
         return await asyncio.gather(*map(collect, streams))
 
     ended = [Failed("the engine ended before the request was finished")]
     assert run(scenario()) == [ended, ended]
-    wait_until(lambda: not worker.is_alive)
+    wait_for(lambda: not worker.is_alive)
     assert worker.state == "failed"
     assert worker.failure.startswith("the device has failed: CUDA error: device-side assert")
 
@@ -725,14 +726,14 @@ def test_experts_that_arrive_after_the_drain_are_closed(tmp_path):
 
     worker = Worker("tiny", slow_load)
     worker.start()
-    wait_until(lambda: worker.phase == "reading weights")
+    wait_for(lambda: worker.phase == "reading weights")
     assert not worker.drain(0.0)
     gate.set()
-    wait_until(lambda: not worker.is_alive)
+    wait_for(lambda: not worker.is_alive)
     assert worker.state == "stopped"
     assert opened[0] >= 4  # a store for each layer
     assert num_stores() == 0
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_a_model_that_does_not_fit_its_tokenizer_is_closed():
@@ -869,17 +870,17 @@ def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind(ca
         "tiny", load_brittle, max_queue=8, limits=limits, max_queue_tokens=400, stall_s=60.0
     )
     worker.start()
-    wait_until(lambda: worker.state == "ready")
+    wait_for(lambda: worker.state == "ready")
     ends = Counter()
 
     async def scenario():
         await asyncio.gather(*(serve_some(worker, number, ends) for number in range(20)))
 
-    asyncio.run(asyncio.wait_for(scenario(), 120))
-    wait_until(lambda: not (worker.stats() and worker._open))
-    wait_until(lambda: not worker.stats().running)
+    asyncio.run(asyncio.wait_for(scenario(), 480))
+    wait_for(lambda: not (worker.stats() and worker._open))
+    wait_for(lambda: not worker.stats().running)
     assert ends["Finished"] + ends["Failed"] + ends["cancelled"] == 2000
-    assert ends["Finished"] > 500
+    assert ends["Finished"] > 200
     assert min(ends[name] for name in ("cancelled", "refused", "Failed", "late", "cached")) > 0
     stats, engine = worker.stats(), worker._engine
     assert (stats.queued, stats.queued_tokens, stats.running) == (0, 0, 0)
@@ -892,4 +893,4 @@ def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind(ca
     assert not len(engine.scheduler)
     assert len(engine._batch._cache) == len(engine._courses) == engine._courses.nbytes == 0
     assert worker.drain(TIMEOUT_S)
-    wait_until(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() == threads)

@@ -34,6 +34,7 @@ from server.tarball import MAX_MEMBERS, TarReader
 from tests.adapter_folders import adapter_files, make_tar, vectors, write_files
 from tests.fakes import FakeEngine, live_server
 from tests.tiny import DENSE, byte_tokenizer, tiny_model
+from tests.waiting import wait_for
 
 KEY = "a-key-for-tests-only"
 HEADERS = {"authorization": f"Bearer {KEY}"}
@@ -46,10 +47,7 @@ ADMIN = "/admin/adapters"
 def worker():
     worker = Worker("org/tiny", lambda report: LoadedModel(MODEL, TOKENIZER))
     worker.start()
-    end = time.monotonic() + 20
-    while worker.state != "ready":
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(lambda: worker.state == "ready")
     yield worker
     worker.drain(5.0)
 
@@ -188,6 +186,19 @@ def test_defaults_of_an_adapter_yield_to_the_request(client, tmp_path):
     assert short["choices"][0]["text"] == answer_alone(path, max_tokens=3)
     given = client.post("/v1/completions", json=body | {"max_tokens": 5}).json()
     assert given["usage"]["completion_tokens"] == 5
+
+
+def test_a_least_length_of_an_adapter_that_the_request_has_no_room_for(client, tmp_path):
+    put(tmp_path, "task", "1", ours={"defaults": {"min_tokens": 5}})
+    body = {"prompt": "hello", "model": "task", "max_tokens": 3}
+    error = error_of(client.post("/v1/completions", json=body), 400)
+    assert error["param"] == "max_tokens"
+    assert error["message"] == (
+        "max_tokens is 3, and the adapter task@1 presets min_tokens 5; "
+        "give min_tokens as well, or a higher max_tokens"
+    )
+    for more in ({"min_tokens": 0}, {"max_tokens": 5}):
+        assert client.post("/v1/completions", json=body | more).status_code == 200
 
 
 def test_models_lists_adapters_under_their_base(client, tmp_path):
@@ -379,7 +390,7 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(client, tmp_path, kind):
     assert "Traceback" not in response.text
     assert str(tmp_path) not in response.text
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], [".upload.lock"])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
 
 
 def test_a_bomb_is_not_unpacked_beyond_the_limit():
@@ -525,13 +536,10 @@ def test_a_client_that_goes_in_the_middle_of_an_upload_leaves_nothing(worker, tm
             raise ConnectionError
 
         with pytest.raises(ConnectionError):
-            httpx2.put(f"{address}{ADMIN}/task/1", content=half(), headers=HEADERS)
-        end = time.monotonic() + 10
-        while not is_clean(tmp_path):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+            httpx2.put(f"{address}{ADMIN}/task/1", content=half(), headers=HEADERS, timeout=60)
+        wait_for(lambda: is_clean(tmp_path))
         assert not (tmp_path / "task").exists()
-        done = httpx2.put(f"{address}{ADMIN}/task/1", content=GOOD, headers=HEADERS)
+        done = httpx2.put(f"{address}{ADMIN}/task/1", content=GOOD, headers=HEADERS, timeout=60)
         assert done.status_code == 201
 
 
@@ -568,7 +576,7 @@ def test_versions_are_replaced_under_load_and_each_answer_is_of_one_of_them(work
 
         def load(prompt):
             body = {"model": "task", "prompt": prompt, "max_tokens": 8, "temperature": 0}
-            with httpx2.Client(headers=HEADERS, base_url=address, timeout=30) as client:
+            with httpx2.Client(headers=HEADERS, base_url=address, timeout=60) as client:
                 while not done.is_set():
                     response = ask(client, **body)
                     reference = response.headers.get("x-adapter", "none")
@@ -589,7 +597,10 @@ def test_versions_are_replaced_under_load_and_each_answer_is_of_one_of_them(work
                 else:
                     body = make_tar(adapter_files(seed=version))
                     url = f"{address}{ADMIN}/task/{version}"
-                    assert httpx2.put(url, content=body, headers=HEADERS).status_code == 201
+                    assert (
+                        httpx2.put(url, content=body, headers=HEADERS, timeout=60).status_code
+                        == 201
+                    )
             wait_for(lambda: f"task@{versions[-1]}" in told)
         finally:
             done.set()
@@ -599,20 +610,13 @@ def test_versions_are_replaced_under_load_and_each_answer_is_of_one_of_them(work
     assert told == {f"task@{version}" for version in versions}
 
 
-def wait_for(is_true, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_many_requests_wait_for_one_loading(worker, tmp_path):
     put(tmp_path, "task", "1")
     with serving(worker, tmp_path) as address:
         found = []
 
         def one():
-            with httpx2.Client(headers=HEADERS, base_url=address, timeout=30) as client:
+            with httpx2.Client(headers=HEADERS, base_url=address, timeout=60) as client:
                 found.append(ask(client, model="task").headers["x-adapter"])
 
         threads = [threading.Thread(target=one) for _ in range(12)]
@@ -620,6 +624,6 @@ def test_many_requests_wait_for_one_loading(worker, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        metrics = httpx2.get(f"{address}/metrics", headers=HEADERS).text
+        metrics = httpx2.get(f"{address}/metrics", headers=HEADERS, timeout=60).text
     assert found == ["task@1"] * 12
     assert "infmoe_adapter_loads_total 1.0" in metrics

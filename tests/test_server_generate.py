@@ -1,6 +1,7 @@
 """POST /v1/generate: our own names for the same; and all text routes on the real engine."""
 
 import json
+import socket
 import threading
 
 import httpx2
@@ -12,6 +13,8 @@ from server.app import create_app
 from server.settings import Settings
 from tests.fakes import FakeEngine, finished, live_server, tiny_worker
 from tests.test_server_completions import error_of, events_of, usage_of
+from tests.tiny import tiny_model
+from tests.waiting import wait_for
 
 URL = "/v1/generate"
 
@@ -163,20 +166,28 @@ def test_deadline_of_a_running_answer(real):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_row(url, stream):
     prompt = {"prompt": "a", "text": "a", "messages": [{"role": "user", "content": "a"}]}
-    body = {**prompt, "max_tokens": 250, "ignore_eos": True, "stream": stream}
-    with tiny_worker() as worker, live_server(worker) as address:
-        with httpx2.Client(timeout=0.05 if not stream else 5.0) as client:
-            if stream:
-                with client.stream("POST", address + url, json=body) as response:
-                    next(response.iter_lines())
-            else:
-                with pytest.raises(httpx2.TimeoutException):
-                    client.post(address + url, json={**body, "n": 8})
-        waited = threading.Event()
-        for _ in range(400):
-            stats = worker.stats()
-            if not stats.running and not stats.queued:
-                break
-            waited.wait(0.01)
+    options = {"max_tokens": 250, "ignore_eos": True, "stream": stream, "n": 8}
+    body = json.dumps({**prompt, **options}).encode()
+    head = f"POST {url} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    model, begun, go_on = tiny_model(), threading.Event(), threading.Event()
+    step = model.step
+
+    def held_up(tokens, cache):
+        begun.set()
+        assert go_on.wait(60)
+        return step(tokens, cache)
+
+    model.step = held_up
+    with tiny_worker(model) as worker, live_server(worker) as address:
+        try:
+            place = httpx2.URL(address)
+            with socket.create_connection((place.host, place.port), timeout=60) as client:
+                client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                assert begun.wait(60)
+            wait_for(lambda: worker.stats().cancelled == 8)
+        finally:
+            go_on.set()
+        wait_for(lambda: not worker.stats().running)
+        stats = worker.stats()
         assert (stats.running, stats.queued) == (0, 0)
         assert stats.requests == 0  # none was carried to its end

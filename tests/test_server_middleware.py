@@ -254,7 +254,7 @@ def test_checking_is_linear(body):
     start_s = time.process_time()
     with contextlib.suppress(ApiError):
         check_json(body)
-    assert time.process_time() - start_s < 5  # 0.05 s at most on a quiet machine
+    assert time.process_time() - start_s < 30  # 0.05 s at most on a quiet machine
 
 
 async def play(app, messages, scope, wait_s=60.0):
@@ -270,7 +270,7 @@ async def play(app, messages, scope, wait_s=60.0):
     async def send(message):
         sent.append(message)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         await app(scope, receive, send)
     return sent
 

@@ -152,7 +152,7 @@ def ask(handle, path=URL, body=b'{"model": "m"}', method="POST", leaves=False, *
             sent.append(message)
 
         app = build_ingress(handle, Settings(**settings))
-        await asyncio.wait_for(app(scope, receive, send), 10)
+        await asyncio.wait_for(app(scope, receive, send), 60)
 
     asyncio.run(run())
     return sent
@@ -311,7 +311,7 @@ def is_running(pid):
         return False
 
 
-def wait_for(condition, wait_s=30.0):
+def wait_for(condition, wait_s=120.0):
     until = time.monotonic() + wait_s
     while not (found := condition()):
         assert time.monotonic() < until
@@ -348,7 +348,7 @@ class Service:
             assert self.process.poll() is None, self.log.read_text()
             return GREETING.search(self.log.read_text())
 
-        self.url = wait_for(greeting, 60)[1]
+        self.url = wait_for(greeting)[1]
 
     def replicas(self):
         names = descendants(self.process.pid)
@@ -360,11 +360,11 @@ class Service:
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
+                self.process.wait(60)
         for pid in (self.process.pid, *left):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def frames_of(text):
 
 
 def metric(service, name):
-    text = httpx2.get(f"{service.url}/metrics", timeout=10).text
+    text = httpx2.get(f"{service.url}/metrics", timeout=60).text
     return {
         line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
         for line in text.splitlines()
@@ -427,7 +427,7 @@ def test_requests_for_an_adapter_go_to_who_holds_it(service):
 def test_errors_come_through_as_they_are(service):
     reply = post(service, model="nobody")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
-    reply = httpx2.post(f"{service.url}{URL}", content=b"x", timeout=10)
+    reply = httpx2.post(f"{service.url}{URL}", content=b"x", timeout=60)
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_content_type")
 
 
@@ -436,9 +436,9 @@ def test_a_client_that_hangs_up_frees_its_row(service):
     name = 'infmoe_finished_total{reason="cancelled"'
     before = sum(metric(service, name).values())
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=30) as reply:
+    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=60) as reply:
         next(reply.iter_bytes())
-    wait_for(lambda: sum(metric(service, name).values()) == before + 1, 10)
+    wait_for(lambda: sum(metric(service, name).values()) == before + 1)
 
 
 def load(service, index):
@@ -468,8 +468,8 @@ def test_a_killed_replica_loses_no_request_and_is_replaced(service):
     assert set(told) <= {"finished", "replica_died"}
     assert told.count("finished") >= 80  # a stream that has begun cannot begin anew
     assert {told[index] for index in range(1, 96, 2)} == {"finished"}  # what has not, can
-    wait_for(lambda: len(service.replicas()) == 2 and victim not in service.replicas(), 30)
-    wait_for(lambda: len(metric(service, "infmoe_build_info")) == 2, 30)
+    wait_for(lambda: len(service.replicas()) == 2 and victim not in service.replicas())
+    wait_for(lambda: len(metric(service, "infmoe_build_info")) == 2)
     assert post(service).status_code == 200
 
 
@@ -491,7 +491,7 @@ def test_an_update_replaces_replicas_under_load(service):
     assert update.returncode == 0, error
     assert set(told) == {"finished"}
     assert post(service).json()["model"] == "second"
-    wait_for(lambda: not set(old) & set(service.replicas()), 10)
+    wait_for(lambda: not set(old) & set(service.replicas()))
 
 
 @pytest.mark.slow
@@ -515,11 +515,11 @@ def test_the_end_waits_for_what_is_under_way_and_leaves_nothing(service):
     everything = descendants(service.process.pid)
     assert any("gcs_server" in name for name in everything.values())
     body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
-    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=30) as reply:
+    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=60) as reply:
         pieces = reply.iter_text()
         text = next(pieces)
         service.process.terminate()
         text += "".join(pieces)
     assert frames_of(text)[-1]["choices"][0]["finish_reason"] == "length"
-    assert service.process.wait(30) == 0, service.log.read_text()
-    wait_for(lambda: not any(is_running(pid) for pid in everything), 10)
+    assert service.process.wait(60) == 0, service.log.read_text()
+    wait_for(lambda: not any(is_running(pid) for pid in everything))

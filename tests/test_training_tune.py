@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from engine.scoring import make_question, score
 from engine.sources import Source, gather
 from engine.worker import LoadedModel, Worker
 from tests.tiny import DENSE, MOE, byte_tokenizer, tiny_model
+from tests.waiting import wait_for
 from training.offloaded_gradients import borrowed_again
 from training.task_eval import evaluate_task
 from training.task_examples import (
@@ -120,9 +120,7 @@ def test_what_was_tuned_scores_the_same_in_the_command_and_through_the_worker(tm
     words = [word for group in PAIR.labels.values() for word in group]
     worker = Worker("tiny", lambda report: LoadedModel(model, TOKENIZER))
     worker.start()
-    end = time.monotonic() + 20
-    while worker.state != "ready" and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(lambda: worker.state == "ready")
 
     async def ask(text):
         choices = tuple(tuple(TOKENIZER.encode(word)) for word in words)
