@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint_hf import HEAD, open_huggingface, tensor_names
+from engine.checkpoint_hf import open_huggingface
+from engine.checkpoint_hf_t5 import HEAD, tensor_names
 from engine.checkpoint_writer import dense_shapes
 from engine.config import ModelConfig
-from engine.model.transformer import random_weight
+from engine.model.initial import random_weight
 
 TINY = ModelConfig(
     vocab_size=512,

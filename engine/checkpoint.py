@@ -15,6 +15,7 @@ from engine.checkpoint_tensors import (
     check_tensor,
     convert_tensor,
     open_tensor_files,
+    stored_dtype,
     translated,
 )
 from engine.checkpoint_writer import (
@@ -250,7 +251,7 @@ def _collect(
         if name not in shapes:
             raise CheckpointError(f"{where}: the model has no tensor {name}")
         check_tensor(where, name, tensor, shapes[name])
-        state[name] = convert_tensor(where, name, tensor, dtype)
+        state[name] = convert_tensor(where, name, tensor, stored_dtype(name, dtype))
     if missing := [name for name in shapes if name not in state]:
         raise CheckpointError(
             f"{where}: {len(missing)} tensors are missing, first {missing[0]} "

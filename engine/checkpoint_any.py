@@ -8,18 +8,22 @@ from torch import Tensor
 
 from engine.checkpoint import build_model, check_directory, load_model
 from engine.checkpoint_cpm2 import find_iteration
-from engine.checkpoint_hf import is_huggingface, open_huggingface
+from engine.checkpoint_gguf import GgufSource, open_gguf
+from engine.checkpoint_hf import HuggingFaceSource, is_huggingface, open_huggingface
 from engine.checkpoint_writer import CONFIG
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
+from engine.model_paths import find_gguf
 from engine.progress import OnBytes, ignore_bytes
 
 
 def detect_kind(path: Path) -> str:
-    """Tell the kind of a model directory: 'native', 'cpm2' or 'huggingface'.
+    """Tell the kind of a model: 'native', 'cpm2', 'huggingface' or 'gguf' (a file, or one inside).
 
     Raises CheckpointError if it is of none of them.
     """
+    if find_gguf(path) is not None:
+        return "gguf"
     check_directory(path)
     if find_iteration(path) is not None:
         return "cpm2"
@@ -28,9 +32,18 @@ def detect_kind(path: Path) -> str:
     if (path / CONFIG).exists():
         return "native"
     raise CheckpointError(
-        f"{path}: holds no model; expected config.json (native, Hugging Face) or the "
+        f"{path}: holds no model; expected config.json (native, Hugging Face), a GGUF file or the "
         "latest_checkpointed_iteration.txt of CPM-2"
     )
+
+
+def open_foreign(path: Path, *, allow_pickles: bool = False) -> HuggingFaceSource | GgufSource:
+    """Open a Hugging Face directory, or a GGUF file, whichever a path means.
+
+    Raises CheckpointError as those that open them do.
+    """
+    file = find_gguf(path)
+    return open_gguf(file) if file else open_huggingface(path, allow_pickles=allow_pickles)
 
 
 def load_any(
@@ -45,7 +58,7 @@ def load_any(
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind == "native":
         return load_model(path, dtype, on_bytes=on_bytes)
-    source = open_huggingface(path)
+    source = open_foreign(path)
     dtype = dtype or source.dtype
     dense = _told(source.dense(), on_bytes)
     return build_model(str(path), source.config, dtype, dense, source.experts)

@@ -1,86 +1,48 @@
-"""Hugging Face directories of the T5 family: T5 v1.0, v1.1, Flan-T5 and mT5.
+"""Hugging Face directories, read as they are released, one tensor or one expert at a time.
 
-Source: T5 (arXiv:1910.10683), mT5 (arXiv:2010.11934); the names are those of transformers 5.
+What differs between families is in `checkpoint_hf_families.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.checkpoint import check_directory, find_tokenizer_files
-from engine.checkpoint_hf_config import map_config
-from engine.checkpoint_tensors import (
-    DTYPE_NAMES,
-    INDEX,
-    SINGLE,
-    check_tensor,
-    open_tensor_files,
-    read_index,
-    read_json,
-)
-from engine.config import ModelConfig, Stack
-from engine.errors import CheckpointError, ConfigError
-from engine.pickles import load_state
+from engine.checkpoint_hf_config import Values, read_ids
+from engine.checkpoint_hf_families import find_family
+from engine.checkpoint_hf_files import Tensors, open_weights, read_part
+from engine.checkpoint_hf_recipes import Checkpoint, Family, Recipe
+from engine.checkpoint_tensors import read_json
+from engine.config import ModelConfig
+from engine.errors import CheckpointError, ConfigError, TokenizerError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-PICKLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-SHARED = "shared.weight"
-HEAD = "lm_head.weight"
-EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# early T5 files carry this one; no T5 code ever used it
-UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-
-class Tensors(Protocol):
-    """Named tensors of open files, read one at a time."""
-
-    @property
-    def files(self) -> tuple[Path, ...]: ...
-    def names(self) -> list[str]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def tensor(self, name: str) -> Tensor: ...
-
-
-class PickledTensors:
-    """The tensors of open pickle files."""
-
-    def __init__(self, files: tuple[Path, ...], state: Mapping[str, Tensor]) -> None:
-        self.files = files
-        self._state = state
-
-    def names(self) -> list[str]:
-        """The keys, sorted."""
-        return sorted(self._state)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor."""
-        return self._state[name].dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, which may be mapped from its file."""
-        return self._state[name]
 
 
 class HuggingFaceSource:
-    """An open Hugging Face directory, read one tensor at a time."""
+    """An open Hugging Face directory, read one tensor or one expert at a time."""
 
     kind = "huggingface"
 
-    def __init__(self, directory: Path, config: ModelConfig, tensors: Tensors) -> None:
+    def __init__(
+        self, directory: Path, family: Family, checkpoint: Checkpoint, tensors: Tensors
+    ) -> None:
         self.directory = directory
-        self.config = config
+        self.config = checkpoint.config
+        self._family = family
+        self._checkpoint = checkpoint
         self._tensors = tensors
+        self._embedding = _embedding_key(family, checkpoint.keys)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding."""
-        return self._tensors.dtype(_embedding_key(self._tensors.names()))
+        return self._tensors.dtype(self._embedding)
 
     @property
     def tokenizer_files(self) -> dict[str, Path]:
@@ -93,21 +55,29 @@ class HuggingFaceSource:
         return self._tensors.files
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the model; queries, keys and values come fused."""
-        embedding = _embedding_key(self._tensors.names())
-        for name, keys in tensor_names(self.config).items():
-            parts = [self._tensors.tensor(embedding if key == SHARED else key) for key in keys]
-            yield name, parts[0] if len(parts) == 1 else self._fuse(keys, parts)
-
-    def _fuse(self, keys: tuple[str, ...], parts: list[Tensor]) -> Tensor:
-        shape = (self.config.num_heads * self.config.d_kv, self.config.d_model)
-        for key, part in zip(keys, parts, strict=True):
-            check_tensor(str(self.directory), key, part, shape)
-        return torch.cat(parts)
+        """Names and tensors of all that is not an expert."""
+        for recipe in self._family.dense(self._checkpoint):
+            yield from self._make(recipe)
 
     def experts(self, layer: str) -> Iterator[dict[str, Tensor]]:
-        """No family that is supported has experts."""
-        raise ValueError(f"{self.directory}: a dense model has no {layer}")
+        """The experts of a layer, in order. Raises ValueError if the layer has none."""
+        if layer not in self.config.moe_layers():
+            raise ValueError(f"{self.directory}: {layer} has no experts")
+        for expert in range(self.config.num_experts):
+            recipes = self._family.experts(self._checkpoint, layer, expert)
+            yield dict(made for recipe in recipes for made in self._make(recipe))
+
+    def _make(self, recipe: Recipe) -> Iterable[tuple[str, Tensor]]:
+        first = self._family.embeddings[0]
+        parts = [
+            read_part(
+                self.directory,
+                self._tensors,
+                part._replace(key=self._embedding) if part.key == first else part,
+            )
+            for part in recipe.parts
+        ]
+        return zip(recipe.names, recipe.make(parts), strict=True)
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -123,112 +93,117 @@ def is_huggingface(directory: Path) -> bool:
 def open_huggingface(directory: Path, *, allow_pickles: bool = False) -> HuggingFaceSource:
     """Open a directory of a supported model_type; all keys are checked.
 
-    Raises CheckpointError if the family is not supported, tensors are missing or left over, copies
-    of the embedding differ, or the weights are pickles and those are not allowed.
+    Raises CheckpointError if the family or something that its config tells is not supported,
+    tensors are missing or left over, copies of the embedding differ, or the weights are pickles and
+    those are not allowed.
     """
     check_directory(directory)
-    values = read_json(directory / CONFIG)
-    generation = {}
-    if (directory / GENERATION_CONFIG).exists():
-        generation = read_json(directory / GENERATION_CONFIG)
-    values = {**generation, **{key: value for key, value in values.items() if value is not None}}
+    values = read_values(directory)
+    open_tensors = partial(open_weights, directory, allow_pickles=allow_pickles)
     try:
-        config = map_config(values)
-        tensors = _open_tensors(directory, allow_pickles=allow_pickles)
-        config = replace(config, tied_embeddings=_is_tied(directory, values, tensors))
+        return make_source(directory, values, open_tensors, partial(_begin_ids, directory))
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-    _check_names(directory, config, tensors)
-    return HuggingFaceSource(directory, config, tensors)
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Our name of each tensor -> the keys whose tensors, one below the other, make it up."""
-    names: dict[str, tuple[str, ...]] = {"embedding.weight": (SHARED,)}
-    if not config.tied_embeddings:
-        names[HEAD] = (HEAD,)
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
-    for stack in stacks:
-        names[f"{stack}.norm.weight"] = (f"{stack}.final_layer_norm.weight",)
-        first = f"{stack}.block.0.layer.0.SelfAttention"
-        names[f"{stack}.relative_bias.weight"] = (f"{first}.relative_attention_bias.weight",)
-        for index in range(config.num_layers(stack)):
-            ours, theirs = f"{stack}.layers.{index}", f"{stack}.block.{index}.layer"
-            last = 1
-            names |= _attention_names(f"{ours}.self_attention", f"{theirs}.0", "SelfAttention")
-            if stack == "decoder":
-                last = 2
-                cross = f"{ours}.cross_attention"
-                names |= _attention_names(cross, f"{theirs}.1", "EncDecAttention")
-            names[f"{ours}.feed_forward.norm.weight"] = (f"{theirs}.{last}.layer_norm.weight",)
-            for name in [name for name in config.expert_shapes() if name != "norm"]:
-                key = "wi" if name == "wi_0" and not config.gated else name
-                full = f"{theirs}.{last}.DenseReluDense.{key}.weight"
-                names[f"{ours}.feed_forward.{name}.weight"] = (full,)
-    return names
+def make_source(
+    where: Path,
+    values: Values,
+    open_tensors: Callable[[Callable[[str], bool]], Tensors],
+    begin: Callable[[ModelConfig], tuple[int, ...]],
+) -> HuggingFaceSource:
+    """Join what config.json tells and tensors, which are opened once it is known which to ignore.
+
+    `begin` tells what is read before a text. Raises ConfigError or CheckpointError as
+    `open_huggingface` does.
+    """
+    family = find_family(values)
+    config = family.map_config(values)
+
+    def is_ignored(key: str) -> bool:
+        return family.is_ignored(key, config, values)
+
+    tensors = open_tensors(is_ignored)
+    keys = frozenset(key for key in tensors.names() if not is_ignored(key))
+    is_tied = _is_tied(where, family, values, tensors, keys)
+    found = replace(config, tied_embeddings=is_tied, begin_token_ids=begin(config))
+    checkpoint = Checkpoint(found, values, keys)
+    _check_keys(where, family, checkpoint, tensors)
+    return HuggingFaceSource(where, family, checkpoint, tensors)
 
 
-def _attention_names(ours: str, theirs: str, kind: str) -> dict[str, tuple[str, ...]]:
-    q, k, v, o = (f"{theirs}.{kind}.{letter}.weight" for letter in "qkvo")
-    names = {f"{ours}.norm.weight": (f"{theirs}.layer_norm.weight",), f"{ours}.out.weight": (o,)}
-    if kind == "SelfAttention":
-        return names | {f"{ours}.qkv.weight": (q, k, v)}
-    return names | {f"{ours}.query.weight": (q,), f"{ours}.key_value.weight": (k, v)}
+def read_values(directory: Path) -> Values:
+    """What config.json tells, and generation_config.json where that says nothing.
+
+    Ids that end an answer are those of both. Raises CheckpointError if one cannot be read.
+    """
+    values, generation = read_json(directory / CONFIG), dict[str, object]()
+    if (directory / GENERATION_CONFIG).exists():
+        generation = read_json(directory / GENERATION_CONFIG)
+    told = {key: value for key, value in values.items() if value is not None}
+    try:
+        ends = [read_ids(part, "eos_token_id") for part in (told, generation)]
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    merged = {**generation, **told}
+    if any(ends):
+        merged["eos_token_id"] = list(dict.fromkeys(ends[0] + ends[1]))
+    return merged
 
 
-def _is_tied(directory: Path, values: Mapping[str, object], tensors: Tensors) -> bool:
+def _begin_ids(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+    """What the tokenizer, if it is there, puts before each text of a decoder-only model."""
+    path = directory / "tokenizer.json"
+    if not config.is_decoder_only or not path.exists():
+        return ()
+    from engine.tokenizer_json import begin_ids  # its library is needed for such files alone
+
+    try:
+        return begin_ids(path)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _is_tied(
+    directory: Path, family: Family, values: Values, tensors: Tensors, keys: frozenset[str]
+) -> bool:
     """The head is tied unless the files hold another one; transformers 5 calls every T5 tied."""
-    names = tensors.names()
-    if HEAD not in names:
-        if values.get("tie_word_embeddings") is False:
+    is_told = values.get("tie_word_embeddings", family.is_tied) is not False
+    if family.head not in keys:
+        if not is_told:
             raise CheckpointError(
-                f"{directory}: {HEAD} is missing, and the config says not to tie it"
+                f"{directory}: {family.head} is missing, and the config says not to tie it"
             )
         return True
-    if values.get("tie_word_embeddings") is False:
-        return False
-    return torch.equal(tensors.tensor(HEAD), tensors.tensor(_embedding_key(names)))
+    embedding = _embedding_key(family, keys)
+    return is_told and torch.equal(tensors.tensor(family.head), tensors.tensor(embedding))
 
 
-def _check_names(directory: Path, config: ModelConfig, tensors: Tensors) -> None:
+def _check_keys(directory: Path, family: Family, checkpoint: Checkpoint, tensors: Tensors) -> None:
     """Raise CheckpointError if tensors are missing or left over, or copies of one differ."""
-    names = set(tensors.names())
-    needed = {key for keys in tensor_names(config).values() for key in keys}
-    copies = {*EMBEDDINGS, HEAD} if config.tied_embeddings else set(EMBEDDINGS)
-    if names & copies:  # any one of them serves
-        needed -= {SHARED}
-    if missing := sorted(needed - names):
+    config, keys = checkpoint.config, checkpoint.keys
+    needed = {part.key for recipe in family.dense(checkpoint) for part in recipe.parts}
+    for layer in config.moe_layers():
+        for expert in range(config.num_experts):
+            recipes = family.experts(checkpoint, layer, expert)
+            needed |= {part.key for recipe in recipes for part in recipe.parts}
+    copies = {*family.embeddings, family.head} if config.tied_embeddings else family.embeddings
+    if keys.intersection(copies):  # any one of them serves
+        needed.discard(family.embeddings[0])
+    if missing := sorted(needed - keys):
         raise CheckpointError(f"{directory}: {len(missing)} tensors missing, first {missing[0]}")
-    if unknown := sorted(names - needed - {*EMBEDDINGS, HEAD, UNUSED}):
-        family = "gated" if config.gated else "ungated"
-        raise CheckpointError(f"{directory}: a {family} T5 has no tensor {unknown[0]}")
-    first = _embedding_key(names)
-    for key in EMBEDDINGS:
-        if key in names - {first} and not torch.equal(tensors.tensor(key), tensors.tensor(first)):
+    if unknown := sorted(keys - needed - {*family.embeddings, family.head}):
+        raise CheckpointError(
+            f"{directory}: {len(unknown)} tensors that this {checkpoint.values['model_type']} does "
+            f"not have, first {unknown[0]}"
+        )
+    first = _embedding_key(family, keys)
+    for key in family.embeddings:
+        if key in keys - {first} and not torch.equal(tensors.tensor(key), tensors.tensor(first)):
             raise CheckpointError(f"{directory}: {key} differs from {first}; they must be equal")
 
 
-def _embedding_key(names: set[str] | list[str]) -> str:
+def _embedding_key(family: Family, keys: frozenset[str]) -> str:
     """The key that stores the embedding; writers that drop copies keep any one of them."""
-    return next((key for key in (*EMBEDDINGS, HEAD) if key in names), SHARED)
-
-
-def _open_tensors(directory: Path, *, allow_pickles: bool) -> Tensors:
-    if (directory / SINGLE).exists() or (directory / INDEX).exists():
-        return open_tensor_files(directory)
-    single, index = directory / PICKLE, directory / PICKLE_INDEX
-    if not single.exists() and not index.exists():
-        raise CheckpointError(f"{directory}: has no weights; expected {SINGLE} or {INDEX}")
-    if not allow_pickles:
-        raise CheckpointError(
-            f"{directory}: has its weights as pickles only; run `infmoe convert` on it first"
-        )
-    files = sorted(set(read_index(index).values())) if index.exists() else [single]
-    state: dict[str, Tensor] = {}
-    for path in files:
-        state |= load_state(path)
-    if other := sorted(key for key, tensor in state.items() if tensor.dtype not in DTYPE_NAMES):
-        raise CheckpointError(
-            f"{directory}: {other[0]} is {state[other[0]].dtype}, expected floats"
-        )
-    return PickledTensors(tuple(files), state)
+    stored = (key for key in (*family.embeddings, family.head) if key in keys)
+    return next(stored, family.embeddings[0])

@@ -33,6 +33,7 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 STORED_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}  # of experts, quantised ones too
 
+FULL = "choice_bias"  # of routers: numbers whose small differences decide stay in fp32
 Blob = NDArray[np.uint8] | Tensor  # (blob_bytes,), uint8; a tensor may be in a GPU's memory
 
 
@@ -73,6 +74,11 @@ def convert_tensor(where: str, key: str, tensor: Tensor, dtype: torch.dtype) -> 
     if narrows and not torch.equal(torch.isfinite(result), torch.isfinite(tensor)):
         raise CheckpointError(f"{where}: {key} has values too large for {dtype}; use bfloat16")
     return result
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of a model of that dtype."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith(FULL) else dtype
 
 
 def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
@@ -120,6 +126,7 @@ class _Slice(Protocol):
 
     def get_shape(self) -> list[int]: ...
     def get_dtype(self) -> str: ...
+    def __getitem__(self, index: int) -> Tensor: ...
 
 
 class _Handle(Protocol):
@@ -169,13 +176,25 @@ class TensorFiles:
         path = self._paths[name]
         with translated(path, "read"):
             tensor = self._handles[path].get_tensor(name).clone()
+        self._touch(path, tensor)
+        return tensor
+
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one of a tensor's first dimension, and no more of it."""
+        path = self._paths[name]
+        with translated(path, "read"):
+            tensor = self._slice(name)[index].clone()
+        self._touch(path, tensor)
+        return tensor
+
+    def _touch(self, path: Path, tensor: Tensor) -> None:
+        """Count what was read of a file, and map it anew now and then."""
         self._touched[path] = self._touched.get(path, 0) + tensor.nbytes
         if (
             self._touched[path] > MAPPED_BYTES
         ):  # pages that were read count as memory until unmapped
             self._handles[path] = _open(path)
             self._touched[path] = 0
-        return tensor
 
     def _slice(self, name: str) -> _Slice:
         return self._handles[self._paths[name]].get_slice(name)
@@ -254,7 +273,7 @@ class TensorWriter:
         self._dtype = dtype
         self._places: dict[str, tuple[Path, int]] = {}
         self._written: set[str] = set()
-        self._shards = _plan_shards(shapes, dtype.itemsize, shard_bytes)
+        self._shards = _plan_shards(shapes, dtype, shard_bytes)
 
     @property
     def file_bytes(self) -> int:
@@ -274,10 +293,10 @@ class TensorWriter:
             self._places.update((name, (path, offset)) for name, offset in offsets.items())
         if count > 1:
             path = self._directory / INDEX
-            total = sum(int(np.prod(shape)) for shape in self._shapes.values())
+            total = sum(_num_bytes(name, self._shapes, self._dtype) for name in self._shapes)
             weight_map = {name: place.name for name, (place, _) in self._places.items()}
             index = {
-                "metadata": {"total_size": total * self._dtype.itemsize},
+                "metadata": {"total_size": total},
                 "weight_map": weight_map,
             }
             with translated(path, "written"):
@@ -291,7 +310,8 @@ class TensorWriter:
         if name not in self._shapes:
             raise CheckpointError(f"{where}: the model has no tensor {name}")
         check_tensor(where, name, tensor, self._shapes[name])
-        data = raw_bytes(convert_tensor(where, name, tensor, self._dtype))
+        dtype = stored_dtype(name, self._dtype)
+        data = raw_bytes(convert_tensor(where, name, tensor, dtype))
         path, offset = self._places[name]
         with translated(path, "written"), path.open("r+b", buffering=0) as file:
             done = 0
@@ -304,12 +324,16 @@ class TensorWriter:
         return [name for name in self._shapes if name not in self._written]
 
 
-def _plan_shards(shapes: Mapping[str, Shape], itemsize: int, limit: int) -> list[list[str]]:
+def _num_bytes(name: str, shapes: Mapping[str, Shape], dtype: torch.dtype) -> int:
+    return int(np.prod(shapes[name])) * stored_dtype(name, dtype).itemsize
+
+
+def _plan_shards(shapes: Mapping[str, Shape], dtype: torch.dtype, limit: int) -> list[list[str]]:
     """Cut the list of tensors where a shard would grow beyond `limit` bytes."""
     shards: list[list[str]] = [[]]
     used = 0
-    for name, shape in shapes.items():
-        nbytes = int(np.prod(shape)) * itemsize
+    for name in shapes:
+        nbytes = _num_bytes(name, shapes, dtype)
         if shards[-1] and used + nbytes > limit:
             shards.append([])
             used = 0
@@ -326,9 +350,9 @@ def _header(
     starts, end = {}, 0
     for name in names:
         starts[name] = end
-        end += int(np.prod(shapes[name])) * dtype.itemsize
+        end += _num_bytes(name, shapes, dtype)
         entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": DTYPE_NAMES[stored_dtype(name, dtype)],
             "shape": list(shapes[name]),
             "data_offsets": [starts[name], end],
         }

@@ -1,4 +1,4 @@
-"""Opening a model directory of any kind, converting it to native, telling what is in it."""
+"""Opening a model of any kind, converting it to native, telling what is in it."""
 
 import json
 import logging
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import NativeSource, open_native
-from engine.checkpoint_any import detect_kind
+from engine.checkpoint_any import detect_kind, open_foreign
 from engine.checkpoint_any import load_any as load_any  # most users of this module want it too
 from engine.checkpoint_cpm2 import Cpm2Source, open_cpm2
-from engine.checkpoint_hf import open_huggingface
+from engine.checkpoint_gguf import GgufSource
 from engine.checkpoint_writer import (
     VOCABULARY_FILES,
     NativeWriter,
@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """'native', 'cpm2' or 'huggingface'."""
+        """'native', 'cpm2', 'huggingface' or 'gguf'."""
         ...
 
     @property
@@ -87,8 +87,8 @@ def open_source(path: Path, vocab: Path | None = None) -> Source:
         raise CheckpointError(f"{path}: is no CPM-2 checkpoint; a vocabulary is not needed")
     if kind == "cpm2":
         return open_cpm2(path, vocab)
-    if kind == "huggingface":
-        return open_huggingface(path, allow_pickles=True)
+    if kind != "native":
+        return open_foreign(path, allow_pickles=True)
     return open_native(path)
 
 
@@ -118,11 +118,18 @@ def convert(
     if source.kind == "cpm2" and needed not in source.tokenizer_files:
         raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
     files, identity = source.tokenizer_files, _identity(src, source)
+    texts = source.texts if isinstance(source, GgufSource) else {}
     opened = open_writer(
-        dst, source.config, dtype, files, source=identity, quantization=quantization
+        dst,
+        source.config,
+        dtype,
+        files,
+        texts=texts,
+        source=identity,
+        quantization=quantization,
     )
     with opened as writer:
-        for warning in _losses(source, quantization):
+        for warning in _losses(source, {*files, *texts}, quantization):
             logger.warning("%s: %s", src, warning)
         for item in _transfer(source, str(src), writer):
             if progress is not None:
@@ -130,10 +137,10 @@ def convert(
         writer.finish()
 
 
-def _losses(source: Source, quantization: Quantization) -> Iterator[str]:
+def _losses(source: Source, files: set[str], quantization: Quantization) -> Iterator[str]:
     """What the result of a conversion lacks."""
     needed = VOCABULARY_FILES.get(source.config.tokenizer)
-    if needed is not None and needed not in source.tokenizer_files:
+    if needed is not None and needed not in files:
         yield f"has no tokenizer files: without {needed} the result takes ids only"
     if isinstance(source, Cpm2Source) and source.prompt() is not None:
         yield "the soft prompt stored with the model is left out"
@@ -177,7 +184,8 @@ def inspect(path: Path, vocab: Path | None = None) -> dict[str, object]:
         "experts": experts,
         "parameters": count_parameters(source.config),
         "files": [
-            {"name": str(file.relative_to(path)), "bytes": size} for file, size in sizes.items()
+            {"name": file.name if file == path else str(file.relative_to(path)), "bytes": size}
+            for file, size in sizes.items()
         ],
         "bytes": sum(sizes.values()),
         "tokenizer_files": sorted(source.tokenizer_files),
@@ -201,7 +209,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         "dense": dense,
         "experts": experts,
         "one_expert": one if num_layers else 0,
-        "active": dense + one * num_layers,
+        "active": dense + one * num_layers * config.num_experts_per_token,
     }
 
 

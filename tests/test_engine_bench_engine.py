@@ -1,9 +1,13 @@
 import json
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
+from threading import Thread
 
 import pytest
 import torch
 
+from engine.bench import decoder_bytes
 from engine.bench_engine import (
     Settings,
     even_texts,
@@ -12,6 +16,7 @@ from engine.bench_engine import (
     take_turns,
     uneven_texts,
 )
+from engine.bench_engine_child import Child, Order, Start, carry_out, serve
 from engine.bench_engine_contenders import (
     INVARIANT,
     KINDS,
@@ -24,7 +29,8 @@ from engine.bench_engine_contenders import (
 )
 from engine.bench_engine_model import SIZES, TINY, make_t5, write_t5
 from engine.bench_engine_report import Run, compare_tokens, make_row, ratios
-from engine.checkpoint_hf import HEAD, open_huggingface
+from engine.checkpoint_hf import open_huggingface
+from engine.checkpoint_hf_t5 import HEAD
 from engine.convert import count_parameters
 from engine.detokenizer import Detokenizer
 from engine.errors import EngineError
@@ -155,6 +161,60 @@ def test_static_batches_take_those_that_have_come_in_order():
     assert answers[3].end_s >= 0.25
 
 
+@contextmanager
+def child_in_a_thread(start):
+    """A child without the process; it is loaded."""
+    ours, theirs = Pipe()
+    thread = Thread(target=serve, args=(theirs,), daemon=True)
+    thread.start()
+    with ours:
+        child = Child(start.name, ours)
+        child.load(start)
+        yield child
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_child_answers_as_the_contender_does(folder):
+    texts = uneven_texts(settings(folder), TINY, 0.0, 3)
+    ours = KINDS["ours-fp32"].open(folder / "tiny", torch.float32)
+    with child_in_a_thread(Start("ours-fp32", folder / "tiny", 1)) as child:
+        assert child.loaded.decoder_bytes == decoder_bytes(ours.model)
+        answers = child.generate(texts)
+        assert [a.tokens for a in answers] == [a.tokens for a in ours.generate(texts)]
+        assert child.measure_adapters(texts, 1)["rows"] == len(texts)
+
+
+def test_a_contender_that_fails_is_told(folder, tmp_path):
+    with (
+        pytest.raises(EngineError, match=r"ours-bf16: .*nothing"),
+        child_in_a_thread(Start("ours-bf16", tmp_path / "nothing", 1)),
+    ):
+        pass
+    with (
+        child_in_a_thread(Start("ours-fp32", folder / "tiny", 1)) as child,
+        pytest.raises(EngineError, match="ours-fp32: max_tokens is 0; it must be at least 1"),
+    ):
+        child.generate([Text((5,), 0)])
+
+
+def test_a_process_that_ends_is_told():
+    ours, theirs = Pipe()
+    theirs.close()
+    with ours, pytest.raises(EngineError, match="ours-fp32: its process ended; out of memory"):
+        Child("ours-fp32", ours).generate([Text((5,), 1)])
+
+
+def test_static_batches_are_for_others():
+    class Echo:
+        def generate(self, texts):
+            return [Answer([len(texts)], 0.1, 0.2) for _ in texts]
+
+    texts = [Text((number,), 1) for number in range(4)]
+    assert [a.tokens for a in carry_out(Echo(), Order(texts))] == [[4]] * 4
+    assert [a.tokens for a in carry_out(Echo(), Order(texts, 3))] == [[3]] * 3 + [[1]]
+
+
 def test_another_contender_begins_each_round():
     said = []
     work = {name: lambda name=name: said.append(name) or [] for name in ("a", "b", "c")}
@@ -235,7 +295,7 @@ def test_wrong_settings_are_refused(folder, changes, message):
 
 def test_all_together(capsys, folder):
     lengths = ["--source-tokens", "8", "--decode-tokens", "4"]
-    more = ["--invariant", "--adapters", "3"]
+    more = ["--invariant", "--adapters", "3", "--skip", "ours-fp32", "--skip", "transformers-fp32"]
     with pytest.raises(SystemExit) as caught:
         main(["bench-engine", "--work", str(folder), "--size", "tiny", *lengths, *more])
     out, err = capsys.readouterr()
@@ -244,15 +304,16 @@ def test_all_together(capsys, folder):
     tiny = report["models"]["tiny"]
     assert "tiny: round 5 of 5" in err
     assert (report["repeats"], report["static_rows"]) == (5, 8)
+    present = [name for name in INSTALLED if name not in more]
     for name, row in tiny["rows"].items():
-        assert (row["note"] == "") == (name in INSTALLED)
-        for case in ("1", "8", "32") if name in INSTALLED else ():
+        assert (row["note"] == "") == (name in present)
+        for case in ("1", "8", "32") if name in present else ():
             assert row[case]["tokens_per_s"]["min"] > 0
             assert row[case]["first_token_ms"]["median"] > 0
     assert tiny["rows"]["ours-bf16"]["uneven"]["tokens_per_s"]["median"] > 0
     assert tiny["share_of_memory_limit"]["max"] > 0
     assert tiny["ratios"]["8 ours_over_invariant-bf16"] > 0
     assert tiny["adapters"]["each_its_own_over_one"] > 0
-    if "transformers-fp32" in INSTALLED:
-        assert tiny["tokens_equal"]["transformers-fp32"]["first_difference"] is None
+    if "transformers-bf16" in present:
+        assert tiny["tokens_equal"]["transformers-bf16"]["texts"] == 6 * (1 + 8 + 32 + 32)
         assert tiny["ratios"]["uneven ours_over_transformers-bf16"] > 0

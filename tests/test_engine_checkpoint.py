@@ -572,7 +572,7 @@ def test_stores_that_are_not_of_the_model(saved):
     shapes = MOE.expert_shapes()
     for dtypes, quantization, message in [
         ({}, "int8", "encoder-0.safetensors: d_ff is 24; int8 experts need"),
-        ({"norm": "I32"}, "none", "the norm is I32, expected one of F64, F32"),
+        ({"norm": "I32"}, "none", "experts are I32, expected one of F64, F32"),
         ({"wo": "F16"}, "none", r"'wo': \('F16'.* the config tells of .*'wo': \('F32'"),
     ]:
         tensors = {name: (dtypes.get(name, "F32"), shape) for name, shape in shapes.items()}

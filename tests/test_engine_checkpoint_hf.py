@@ -192,8 +192,8 @@ def test_tokenizer_files(directory):
 
 
 def test_a_dense_model_has_no_experts(directory):
-    with pytest.raises(ValueError, match="a dense model has no encoder-0"):
-        open_huggingface(directory).experts("encoder-0")
+    with pytest.raises(ValueError, match="encoder-0 has no experts"):
+        next(open_huggingface(directory).experts("encoder-0"))
 
 
 # What config.json may say
@@ -241,11 +241,7 @@ def test_defaults_and_generation_config(directory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "umt5"}, "model_type 'umt5' is not supported; supported: t5, mt5"),
-        (
-            {"model_type": "switch_transformers"},
-            "model_type 'switch_transformers' is not supported",
-        ),
+        ({"model_type": "umt5"}, "model_type 'umt5' is not supported; supported: t5, mt5, "),
         ({"model_type": "-"}, "model_type None is not supported"),
         ({"feed_forward_proj": "gated-silu"}, "'gated-silu' is not supported; supported: relu"),
         ({"tokenizer_class": "ByT5Tokenizer"}, "ByT5 is not supported"),
@@ -259,9 +255,9 @@ def test_defaults_and_generation_config(directory):
         ({"layer_norm_epsilon": float("nan")}, "norm_eps is nan; it must lie between 0 and 1"),
         ({"feed_forward_proj": []}, r"feed_forward_proj \[\] is not supported"),
         ({"feed_forward_proj": "relu"}, r"tensors missing, first .*DenseReluDense\.wi\.weight"),
-        ({"num_layers": 1}, r"has no tensor encoder\.block\.1\."),
+        ({"num_layers": 1}, r"tensors that this t5 does not have, first encoder\.block\.1\."),
         ({"num_layers": 4}, r"tensors missing, first encoder\.block\.2\."),
-        ({"vocab_size": 97}, r"embedding\.weight has shape \[96, 32\], expected \[97, 32\]"),
+        ({"vocab_size": 97}, r"shared\.weight has shape \[96, 32\], expected \[97, 32\]"),
     ],
 )
 def test_wrong_config(directory, change, message):
@@ -364,7 +360,9 @@ def test_unknown_or_misshapen_tensors(directory):
         tensors["encoder.bias"] = torch.ones(2)
 
     change_tensors(directory, add)
-    with pytest.raises(CheckpointError, match=r"a gated T5 has no tensor encoder\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors that this t5 does not have, first encoder\.bias"
+    ):
         load(directory)
 
 

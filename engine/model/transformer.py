@@ -42,7 +42,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, experts: ExpertSource | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # not nn.Embedding(V, D): to draw numbers for it, on `meta` too, loads all of torch.compile
+        table_VD = torch.empty(config.vocab_size, config.d_model)
+        self.embedding = nn.Embedding.from_pretrained(table_VD, freeze=False)
         if config.positions in ("learned", "sinusoidal"):
             self.positions = PositionTable(config)
         if not config.is_decoder_only:
