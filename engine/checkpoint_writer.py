@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
@@ -44,6 +45,7 @@ VOCABULARY_FILES: dict[TokenizerKind, str] = {  # which of them the tokenizer it
     "cpm2_zh": "vocab.txt",
     "cpm2_zh_en": "vocab.txt",
     "sentencepiece": "spiece.model",
+    "tokenizer_json": "tokenizer.json",
 }
 STORE = re.compile(r"experts-(encoder|decoder)-\d+\.safetensors")
 OWN_FILES = re.compile(
@@ -164,20 +166,23 @@ def open_writer(
     dtype: torch.dtype,
     files: Mapping[str, Path],
     *,
+    texts: Mapping[str, str] | None = None,
     source: str | None = None,
     quantization: Quantization = "none",
     shard_bytes: int = SHARD_BYTES,
 ) -> NativeWriter:
     """Start a native directory, or go on with one that the same conversion left unfinished.
 
-    `files` are copied under the names they are given, which must be of TOKENIZER_FILES.
+    `files` are copied, and `texts` written, under the names they are given, which must be of
+    TOKENIZER_FILES.
     `source` tells where the tensors come from; what DIR.partial holds is kept only if source,
     dtype, quantisation and config are those of the run that left it. None always starts over.
     Raises CheckpointError if DIR holds anything but an older native model, is being written by
     another process, cannot be written or does not fit the disk; ConfigError if experts of these
     sizes cannot be quantised.
     """
-    if unknown := sorted(files.keys() - set(TOKENIZER_FILES)):
+    texts = texts or {}
+    if unknown := sorted({*files, *texts} - set(TOKENIZER_FILES)):
         raise ValueError(f"{unknown[0]} is no tokenizer file; known: {', '.join(TOKENIZER_FILES)}")
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{directory}: {dtype} cannot be written; use a floating dtype")
@@ -198,6 +203,8 @@ def open_writer(
             _prepare(partial, json.dumps(facts).encode(), may_resume=source is not None)
             for name, file in files.items():
                 shutil.copyfile(file, partial / name)
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
         _drop_foreign_stores(partial, config, layout)
         dense = TensorWriter(partial, dense_shapes(config), dtype, shard_bytes)
         _check_space(partial, dense.file_bytes, config, layout)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from engine.model_paths import find_model
+
 if TYPE_CHECKING:
     from engine.request import Event
 
-ModelArgument = Annotated[Path, typer.Argument(help="Model directory.")]
+MODEL_HELP = "Model directory, GGUF file, or smollm2."
+ModelArgument = Annotated[Path, typer.Argument(help=MODEL_HELP, parser=find_model)]
 DtypeName = Literal["fp32", "bf16", "fp16"]
 ExpertFormat = Literal["none", "int8", "int4"]
 
@@ -124,7 +127,10 @@ def tokenize(
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="CPM-2 rank files, Hugging Face or native.")],
+    src: Annotated[
+        Path,
+        typer.Argument(help="CPM-2 rank files, Hugging Face, GGUF or native.", parser=find_model),
+    ],
     dst: Annotated[Path, typer.Argument(help="Directory to write; an older model is replaced.")],
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
     vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,

@@ -27,7 +27,9 @@ BASIS = (
 
 
 def plan(  # noqa: PLR0913  the options are the interface
-    model: Annotated[str, typer.Argument(help="Model directory, config.json, or cpm2-moe-198b.")],
+    model: Annotated[
+        str, typer.Argument(help="Model directory, GGUF file, config.json, or cpm2-moe-198b.")
+    ],
     memory: Annotated[
         str | None, typer.Option(help="Host memory, all told: 24GiB. Default: as serve.")
     ] = None,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
+from engine.model_paths import find_model
+
 if TYPE_CHECKING:
     from engine.config import ModelConfig
     from engine.request import Score
@@ -25,7 +27,9 @@ class Item(NamedTuple):
 
 
 def score(
-    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    model: Annotated[
+        Path, typer.Argument(help="Model directory, GGUF file, or smollm2.", parser=find_model)
+    ],
     text: Annotated[
         str | None, typer.Argument(help="A text; with <span> in it, the choices fill that blank.")
     ] = None,

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 
 from engine.checkpoint import open_native
-from engine.checkpoint_any import detect_kind, load_any
+from engine.checkpoint_any import detect_kind, load_any, open_foreign
 from engine.checkpoint_experts import expert_layout
-from engine.checkpoint_hf import open_huggingface
 from engine.checkpoint_writer import expert_file
 from engine.config import PRESETS, ModelConfig, read_config
 from engine.errors import CheckpointError, ConfigError
 from engine.experts import OffloadedExperts, load_offloaded
-from engine.footprint import Workload, largest_workload
+from engine.footprint import Workload, dense_bytes, largest_workload
 from engine.memory import (
     HostMemory,
     gpu_budget,
@@ -30,6 +29,7 @@ from engine.model.dtypes import DTYPES
 from engine.model.layers import Linear
 from engine.model.packed import can_pack, pack_linears
 from engine.model.transformer import Transformer, set_invariant
+from engine.model_paths import find_gguf, find_model
 from engine.planning import (
     CUDA_HOST_BYTES,
     GPU_CONTEXT_BYTES,
@@ -98,8 +98,8 @@ def read_storage(path: Path, dtype: torch.dtype | None = None) -> Storage:
     kind = detect_kind(path)
     if kind == "cpm2":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
-    if kind == "huggingface":
-        foreign = open_huggingface(path)
+    if kind != "native":
+        foreign = open_foreign(path)
         return make_storage(foreign.config, dtype or foreign.dtype, only_resident=CONVERT)
     source = open_native(path)
     layout, dtype = source.expert_layout(), dtype or source.dtype
@@ -118,12 +118,12 @@ def read_storage(path: Path, dtype: torch.dtype | None = None) -> Storage:
 def find_storage(model: str, name: str | None) -> tuple[Storage, list[Path]]:
     """How a model is stored, and its files that the disk can be measured with.
 
-    `model` is a directory, a config.json or a preset. A directory tells itself how it is stored;
-    else `name` does (int8, int4: of the experts, beside bf16), or it is bf16.
+    `model` is a directory, a GGUF file, a config.json or a preset. Models tell themselves how they
+    are stored; else `name` does (int8, int4: of the experts, beside bf16), or it is bf16.
     Raises ConfigError if there is no such model, or a directory is stored otherwise than `name`.
     """
-    path = Path(model)
-    if path.is_dir():
+    path = find_model(model)
+    if path.is_dir() or find_gguf(path) is not None:
         storage = read_storage(path)
         stored = _name(storage)
         if name is not None and name != stored:
@@ -135,7 +135,8 @@ def find_storage(model: str, name: str | None) -> tuple[Storage, list[Path]]:
         return storage, [file for file in files if file.exists()]
     if model not in PRESETS and not path.is_file():
         raise ConfigError(
-            f"{model} is no directory, no config.json and no preset; presets: {', '.join(PRESETS)}"
+            f"{model} is no directory, no GGUF file, no config.json and no preset; presets: "
+            f"{', '.join(PRESETS)}"
         )
     config = PRESETS.get(model) or read_config(path)
     dtype = torch.bfloat16 if name is None else DTYPES.get(name, torch.bfloat16)
@@ -252,8 +253,11 @@ def load_within(  # noqa: PLR0913  what may be said of a load, each with a defau
 
 def bytes_to_read(path: Path, plan: MemoryPlan) -> int:
     """Bytes that loading by a plan reads: sizes of files, and of the experts it loads of stores."""
-    if detect_kind(path) == "huggingface":
-        return sum(file.stat().st_size for file in open_huggingface(path).files)
+    kind = detect_kind(path)
+    if kind == "gguf":  # as they come, dequantised
+        return dense_bytes(plan.storage.config, torch.float32).total
+    if kind == "huggingface":
+        return sum(file.stat().st_size for file in open_foreign(path).files)
     source = open_native(path)
     stores = {expert_file(layer) for layer in source.config.moe_layers()}
     num_experts = source.config.num_experts * len(stores)

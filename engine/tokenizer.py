@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.config import TokenizerKind
+from engine.model_paths import find_gguf
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Special tokens typed in a text are text, never control ids."""
+    """Text to ids and back.
+
+    Special tokens typed in a text are text, never control ids; but not so those of a
+    `tokenizer.json`, whose chat templates write them.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -118,7 +123,8 @@ class ByteTokenizer:
 def open_tokenizer(directory: Path, kind: TokenizerKind) -> Tokenizer:
     """Open the tokenizer files of a model directory.
 
-    The CPM-2 kinds read `vocab.txt`, sentencepiece reads `spiece.model`, bytes reads nothing.
+    The CPM-2 kinds read `vocab.txt`, sentencepiece reads `spiece.model`, tokenizer_json the file of
+    that name or what a GGUF file describes, cpm1 `chinese_vocab.model`, bytes nothing.
     Raises TokenizerError if a file is missing, damaged or of another kind.
     """
     # Imported here so that this module, which everybody imports for its protocol, stays light.
@@ -128,6 +134,18 @@ def open_tokenizer(directory: Path, kind: TokenizerKind) -> Tokenizer:
         from engine.tokenizer_sentencepiece import open_sentencepiece
 
         return open_sentencepiece(directory / "spiece.model")
+    if kind == "tokenizer_json":
+        if (file := find_gguf(directory)) is not None:
+            from engine.checkpoint_gguf import open_gguf_tokenizer
+
+            return open_gguf_tokenizer(file)
+        from engine.tokenizer_json import TOKENIZER_JSON, open_json
+
+        return open_json(directory / TOKENIZER_JSON)
+    if kind == "cpm1":
+        from engine.tokenizer_sentencepiece import open_cpm1
+
+        return open_cpm1(directory / "chinese_vocab.model")
     from engine.tokenizer_cpm2 import open_cpm2
 
     return open_cpm2(directory / "vocab.txt", bilingual=kind == "cpm2_zh_en")

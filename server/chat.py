@@ -1,16 +1,19 @@
-"""POST /v1/chat/completions: the turns go to the encoder, the answer comes from the decoder."""
+"""POST /v1/chat/completions: turns go to the encoder, or to a decoder-only model as its prompt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from engine.config import LENGTH_FACTOR
+from engine.errors import RequestError
+from engine.prompt import MAX_TOKEN_CHARS
+from server.body_route import post
 from server.gateway import Gateway
 from server.logprobs import tell_chat_logprobs
+from server.orders import Prompt
 from server.parts import Ending, Part
 from server.protocol import Engine
 from server.responses import streamed
@@ -30,6 +33,11 @@ from server.schemas_chat import (
 from server.templates import ChatTemplate
 from server.writing import Draft, Route, Style, write
 
+NO_TEMPLATE = (
+    "this model brings no chat template (chat_template.jinja, or chat_template in "
+    "tokenizer_config.json); send its text to /v1/completions"
+)
+
 
 def join_turns(messages: Sequence[Message]) -> str:
     """What the encoder reads where the model brings no template: the texts, one on each line.
@@ -39,10 +47,24 @@ def join_turns(messages: Sequence[Message]) -> str:
     return "\n".join(message.text() for message in messages)
 
 
-def default_limit(engine: Engine, decoder_prompt: str) -> int:
-    """Most tokens of an answer that names no limit: what OpenAI's is would block all caches."""
-    room = engine.config.max_positions * LENGTH_FACTOR
+def encode_rendered(text: str, engine: Engine) -> Prompt:
+    """Ids of what a template wrote, which has all marks already, also that of the beginning.
+
+    A text that cannot fit is returned as it is, and refused later.
+    """
+    if len(text) > engine.config.max_prompt_tokens * MAX_TOKEN_CHARS:
+        return text
+    return engine.tokenizer.encode(text)
+
+
+def default_limit(engine: Engine, prompt: Prompt, decoder_prompt: str) -> int:
+    """Most tokens of an answer that names no limit: what OpenAI's is would block all caches.
+
+    Of a decoder-only model the prompt takes its share of the room.
+    """
+    room = engine.config.max_prompt_tokens
     room -= len(engine.tokenizer.encode(decoder_prompt))
+    room -= 0 if isinstance(prompt, str) else len(prompt)
     return max(1, min(DEFAULT_MAX_TOKENS, room))
 
 
@@ -53,7 +75,10 @@ def read_chat(body: ChatRequest, template: ChatTemplate | None, engine: Engine) 
     if body.continue_final_message:
         *messages, last = messages
         decoder_prompt = last.text()
+    is_decoder_only = engine.config.is_decoder_only
     if template is None:
+        if is_decoder_only:
+            raise RequestError(NO_TEMPLATE, "messages")
         text = join_turns(messages)
     else:
         turns = [{"role": message.role, "content": message.text()} for message in messages]
@@ -62,11 +87,14 @@ def read_chat(body: ChatRequest, template: ChatTemplate | None, engine: Engine) 
             if body.add_generation_prompt is None
             else (body.add_generation_prompt)
         )
+        # what is to be continued follows the mark of the assistant's turn
+        is_opening |= is_decoder_only and body.continue_final_message
         text = template.render(turns, body.chat_template_kwargs, is_opening=is_opening)
+    prompt = encode_rendered(text, engine) if is_decoder_only else text
     return Draft(
-        prompts=[text],
+        prompts=[prompt],
         decoder_prompt=decoder_prompt,
-        max_tokens=body.limit or default_limit(engine, decoder_prompt),
+        max_tokens=body.limit or default_limit(engine, prompt, decoder_prompt),
         logprobs=body.num_logprobs,
     )
 
@@ -140,12 +168,13 @@ CHAT = Route("chatcmpl", "messages", ChatStyle)
 
 def add_chat_route(app: FastAPI, gateway: Gateway, template: ChatTemplate | None) -> None:
     """Serve POST /v1/chat/completions with the model's own template, if it has one."""
+    route = CHAT if template is None else replace(CHAT, is_quick=False)
 
     def read(body: ChatRequest) -> Draft:
         return read_chat(body, template, gateway.engine)
 
-    @app.post("/v1/chat/completions", response_model=None, responses=streamed(ChatCompletion))
+    @post(app, "/v1/chat/completions", streamed(ChatCompletion))
     async def create_chat_completion(http: HttpRequest, body: ChatRequest) -> Response:
         """Answer a conversation; with `stream: true` as an event stream."""
         body.check()
-        return await write(gateway, http, CHAT, body, read, 1)
+        return await write(gateway, http, route, body, read, 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.errors import ConfigError
+from engine.model_paths import find_gguf, find_model, model_title
 from server.keys import read_keys
 from server.lifecycle import leave_on_signals, open_socket, run_to_exit
 from server.log_format import configure_logging, say
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 def open_engine(model: Path, settings: Settings) -> "Engine":
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
+    from torch import set_num_threads
+
     from engine.footprint import largest_workload
     from engine.grammar_vocabulary import grammar_vocabulary
     from engine.loading import load_within, read_storage
@@ -72,13 +75,15 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
         return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan, close)
 
     worker = Worker(
-        settings.model_name or model.resolve().name,
+        settings.model_name or model_title(model),
         load,
         max_queue=settings.max_queue,
         max_queue_tokens=settings.max_queue_tokens,
         stall_s=settings.stall_s,
         limits=Limits(max_rows=settings.max_rows, encoder_cache_bytes=settings.encoder_cache),
     )
+    if settings.threads is not None:
+        set_num_threads(settings.threads)  # before there is a thread that computes
     worker.start()
     return worker
 
@@ -107,7 +112,8 @@ def greeting(listener: socket.socket) -> str:
 
 def serve(  # noqa: PLR0913  the options are the interface
     model: Annotated[
-        Path | None, typer.Argument(help="Model directory; INFMOE_MODEL if left out.")
+        Path | None,
+        typer.Argument(help="Model directory, GGUF file, or smollm2; else INFMOE_MODEL."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[
@@ -176,12 +182,26 @@ def serve(  # noqa: PLR0913  the options are the interface
     start(settings)
 
 
+def with_found_model(settings: Settings) -> Settings:
+    """The settings with the path of the model and the name it is served by.
+
+    Raises ConfigError if there is no model at that path, CheckpointError if its package is missing.
+    """
+    assert settings.model is not None  # the caller's check
+    found = find_model(settings.model)
+    if not found.is_dir() and find_gguf(found) is None:
+        raise ConfigError(f"{found} is not a directory, nor a GGUF file")
+    name = settings.model_name or model_title(settings.model)
+    return settings.model_copy(update={"model": found, "model_name": name})
+
+
 def start(settings: Settings) -> None:
     """Serve until the end. Raises ConfigError if that is not possible with such settings."""
     if settings.model is None:
         raise typer.BadParameter("give a model directory or set INFMOE_MODEL", param_hint="MODEL")
-    if not settings.model.is_dir():
-        raise ConfigError(f"{settings.model} is not a directory")
+    settings = with_found_model(settings)
+    assert settings.model is not None
+    assert settings.model_name is not None
     settings.require_safe()
     if settings.keys_file is not None:
         read_keys(settings.keys_file)  # what is wrong with it is told before anything is loaded
@@ -190,7 +210,7 @@ def start(settings: Settings) -> None:
 
         check_trace_path(settings.record_routing)
     configure_logging(settings.log_level, settings.log_format)
-    tracing = make_tracing(settings, settings.model_name or settings.model.resolve().name)
+    tracing = make_tracing(settings, settings.model_name)
     if not settings.has_keys and not is_loopback(settings.host):
         logger.warning("listening on %s without authentication", settings.host)
     with open_socket(settings.host, settings.port) as listener:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from engine.errors import ConfigError
+from engine.model_paths import find_gguf
 from server.cli import greeting
 from server.keys import read_keys
 from server.lifecycle import open_socket
@@ -106,8 +107,8 @@ def check(settings: Settings, address: str | None) -> None:
         raise ConfigError("record_routing writes one file, which replicas cannot share")
     settings.require_safe()
     if address is None:
-        if not settings.model.is_dir():
-            raise ConfigError(f"{settings.model} is not a directory")
+        if not settings.model.is_dir() and find_gguf(settings.model) is None:
+            raise ConfigError(f"{settings.model} is not a directory, nor a GGUF file")
         if settings.keys_file is not None:
             read_keys(settings.keys_file)
 

@@ -5,7 +5,6 @@ import time
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 
-from engine.config import LENGTH_FACTOR
 from server.adapters import Adapters, adapter_cards, find_card
 from server.errors import ApiError
 from server.health import require_ready
@@ -33,11 +32,12 @@ def add_model_routes(app: FastAPI, engine: Engine, adapters: Adapters | None) ->
 
     def base_card() -> ModelCard:
         require_ready(engine)
-        longest = engine.config.max_positions * LENGTH_FACTOR
+        longest = engine.config.max_prompt_tokens
         return ModelCard(
             id=engine.model_name,
             created=created,
             root=engine.model_name,
+            architecture="decoder_only" if engine.config.is_decoder_only else "encoder_decoder",
             state=engine.state,
             max_model_len=longest,
             max_input_tokens=longest,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engine.bad_words import bad_word_ids
-from engine.config import LENGTH_FACTOR
 from engine.errors import PromptTooLong, RequestError
 from engine.generation import require_choice
 from engine.grammar import Grammar, Kind, Spec, compile_grammar
@@ -124,6 +123,8 @@ class Clerk:
             text = f"the prompt has {len(prompt):,} characters; the limit is {self._max_chars:,}"
             raise PromptTooLong(text, "prompt")
         engine, admission = self._engine, self._admission
+        if not is_closed and engine.config.is_decoder_only and isinstance(prompt, str):
+            prompt = engine.tokenizer.encode(prompt)  # ids are taken as they are, without a mark
         built = build_request(
             prompt,
             engine.tokenizer,
@@ -154,7 +155,7 @@ class Clerk:
             return prompt
         is_left = body.truncation_side == "left"
         if isinstance(prompt, str):
-            longest = self._engine.config.max_positions * LENGTH_FACTOR
+            longest = self._engine.config.max_prompt_tokens
             if len(prompt) > self._max_chars or count > longest:
                 return prompt  # is refused, or short enough
             prompt = encode_end(prompt, count, self._engine.tokenizer, is_start=not is_left)
@@ -196,10 +197,14 @@ class Clerk:
     ) -> Request:
         prompted = body if isinstance(body, PromptedBody) else None
         is_scoring = prompted is not None and prompted.is_scoring_prompts
-        if is_scoring:
+        is_decoder_only = self._engine.config.is_decoder_only
+        if is_scoring and not is_decoder_only:
             prompt, decoder_prompt = closing_ids(self._engine), prompt
             if not decoder_prompt:
                 raise RequestError("the prompt is empty; give at least one token", "prompt")
+        if params.prompt_logprobs is not None and not decoder_prompt and not is_decoder_only:
+            text = "prompt_logprobs is for what the decoder reads; give decoder_prompt"
+            raise RequestError(text, "prompt_logprobs")
         try:
             request = self.request(
                 self.truncated(prompt, body),

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from starlette.types import ASGIApp, Message
 
+from engine.model_paths import model_title
 from server.cli import make_tracing, open_engine
 from server.log_format import configure_logging
 from server.protocol import Engine
@@ -30,7 +31,7 @@ class Replica:
         from server.app import create_app
 
         configure_logging(settings.log_level, settings.log_format)
-        name = settings.model_name or settings.model.resolve().name
+        name = settings.model_name or model_title(settings.model)
         self._tracing = make_tracing(settings, name)
         self._drain_s = settings.drain_s
         self._engine = open_engine(settings.model, settings)

@@ -216,7 +216,7 @@ class ModelCard(BaseModel):
     root: str
     parent: None = None
     kind: Literal["base"] = "base"
-    architecture: Literal["encoder_decoder"] = "encoder_decoder"
+    architecture: Literal["encoder_decoder", "decoder_only"]
     state: str
     max_model_len: int = Field(description="As max_input_tokens, under the name of vLLM.")
     max_input_tokens: int

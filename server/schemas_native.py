@@ -141,7 +141,10 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Text = Field(description="Text to tokenize.")
-    add_special_tokens: bool = Field(default=True, description="Add the end mark of the encoder.")
+    add_special_tokens: bool = Field(
+        default=True,
+        description="Add the end mark of the encoder; what a decoder-only model reads first.",
+    )
     return_token_strs: bool = False
 
 

@@ -7,22 +7,28 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.runtime import Context, markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.checkpoint_gguf import read_gguf_tokenizer_config
 from engine.errors import CheckpointError, RequestError
+from engine.model_paths import find_gguf
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 2**20
 MAX_CONFIG_BYTES = 2**26  # lists of added tokens can be long
 MAX_TEXT_CHARS = 2**22
+MAX_DATE_CHARS = 100
 MAX_TIME_S = 1.0
 MAX_DEPTH = 300  # calls within each other; compiling an ordinary template takes a hundred
 RESERVED = frozenset(
@@ -123,12 +129,33 @@ class ChatTemplate:
 
 def make_environment() -> BoundedSandbox:
     """A fresh sandbox; templates must leave nothing to each other."""
-    environment = BoundedSandbox(trim_blocks=True, lstrip_blocks=True)
+    environment = BoundedSandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, GenerationTag]
+    )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     environment.filters["tojson"] = to_json
     for name in ("format", "center", "indent", "random", "pprint", "urlize", "wordwrap"):
         environment.filters.pop(name, None)  # widths may be as large as memory
     return environment
+
+
+class GenerationTag(Extension):
+    """The block `generation`, with which templates mark answers for training: its content alone."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands in the block."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def strftime_now(form: object) -> str:
+    """Today's date, which some templates tell the model."""
+    if len(text := str(form)) > MAX_DATE_CHARS:
+        raise TemplateCost("it makes too long a date")
+    return datetime.now().astimezone().strftime(text)
 
 
 def raise_exception(message: object) -> None:
@@ -169,15 +196,19 @@ def within(max_time_s: float, work: Callable[[], str]) -> str:
 
 
 def read_template(directory: Path | None) -> ChatTemplate | None:
-    """The chat template of a model directory; None if it has none.
+    """The chat template of a model directory or of a GGUF file; None if it has none.
 
     Raises CheckpointError if it cannot be read or is no template.
     """
     if directory is None:
         return None
-    config = read_bounded(directory / TOKENIZER_CONFIG, MAX_CONFIG_BYTES)
-    values = parse_config(directory / TOKENIZER_CONFIG, config) if config else {}
-    source = read_bounded(directory / TEMPLATE, MAX_TEMPLATE_BYTES)
+    source = None
+    if (file := find_gguf(directory)) is not None:
+        values = read_gguf_tokenizer_config(file)
+    else:
+        config = read_bounded(directory / TOKENIZER_CONFIG, MAX_CONFIG_BYTES)
+        values = parse_config(directory / TOKENIZER_CONFIG, config) if config else {}
+        source = read_bounded(directory / TEMPLATE, MAX_TEMPLATE_BYTES)
     if source is None:
         found = values.get("chat_template")
         if isinstance(found, list):  # several by name

@@ -4,7 +4,6 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from engine.config import LENGTH_FACTOR
 from server.fields import check_fields, ignored_header
 from server.gateway import Gateway
 from server.health import require_ready
@@ -30,13 +29,16 @@ EOS, PAD = "</s>", "<pad>"  # where nobody tells other names: those of T5
 def tell_tokens(engine: Engine, body: TokenizeRequest) -> Tokens:
     """The ids of a text; takes seconds for a long one."""
     ids = engine.tokenizer.encode(body.prompt)
-    if body.add_special_tokens:
+    begin = list(engine.config.begin_token_ids)
+    if body.add_special_tokens and not engine.config.is_decoder_only:
         ids += closing_ids(engine)
+    elif body.add_special_tokens and ids[: len(begin)] != begin:
+        ids = begin + ids
     names = TokenNames(engine.tokenizer)
     return Tokens(
         tokens=ids,
         count=len(ids),
-        max_model_len=engine.config.max_positions * LENGTH_FACTOR,
+        max_model_len=engine.config.max_prompt_tokens,
         token_strs=[names.name(i) for i in ids] if body.return_token_strs else None,
     )
 
@@ -47,7 +49,7 @@ def add_tokenization_routes(app: FastAPI, gateway: Gateway, template: ChatTempla
 
     @app.post("/tokenize", response_model=Tokens, responses=ERRORS)
     async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Response:
-        """Ids of a text; marks that are typed in it are text."""
+        """Ids of a text; marks that are typed in it are text, but for those of a tokenizer.json."""
         require_ready(engine)
         require_model(engine, body.model)
         ignored = check_fields(http, body, is_strict=settings.strict_fields)
@@ -79,7 +81,7 @@ def add_tokenization_routes(app: FastAPI, gateway: Gateway, template: ChatTempla
             tokenizer_class=type(tokenizer).__name__,
             vocab_size=tokenizer.vocab_size,
             num_sentinels=tokenizer.num_sentinels,
-            model_max_length=config.max_positions * LENGTH_FACTOR,
+            model_max_length=config.max_prompt_tokens,
             eos_token=(template.eos_token if template else "") or EOS,
             eos_token_id=config.eos_token_ids[0],
             bos_token=(template.bos_token if template else "") or None,

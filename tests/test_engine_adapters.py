@@ -23,7 +23,7 @@ from engine.request import BeamParams, Failed, Finished, Piece, Request, Samplin
 from engine.scheduler import Limits
 from engine.scoring import make_question, score
 from engine.sources import Source, gather
-from tests.tiny import DENSE, MOE, byte_tokenizer, tiny_model
+from tests.tiny import DENSE, LLAMA, MOE, byte_tokenizer, tiny_model
 
 TOKENIZER = byte_tokenizer()
 MODELS = {config: tiny_model(config, seed=5).double() for config in (MOE, DENSE)}
@@ -222,6 +222,9 @@ def test_a_fingerprint_tells_models_apart_but_not_copies():
     assert model_fingerprint(tiny_model(DENSE, seed=1).bfloat16()) == found
     assert model_fingerprint(tiny_model(DENSE, seed=1).double()) == found
     assert model_fingerprint(tiny_model(replace(DENSE, max_positions=65), seed=1)) != found
+    rotary = tiny_model(LLAMA, seed=1)  # a part of whose config is an object
+    other = replace(LLAMA, rotary=replace(LLAMA.rotary, theta=500.0))
+    assert model_fingerprint(rotary) != model_fingerprint(tiny_model(other, seed=1))
     assert model_fingerprint(tiny_model(replace(DENSE, num_encoder_layers=3), seed=1)) != found
     with torch.no_grad():
         model.embedding.weight[-2] += 1  # of the sampled rows every other one

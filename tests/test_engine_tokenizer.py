@@ -120,3 +120,8 @@ def test_control_ids_stand_for_no_text():
     tokenizer = ByteTokenizer()
     assert tokenizer.control_ids == {0, 1, 2}
     assert tokenizer.decode(sorted(tokenizer.control_ids)) == ""
+
+
+def test_open_cpm1_reads_a_file_of_its_own(tmp_path):
+    with pytest.raises(TokenizerError, match=r"chinese_vocab\.model"):
+        open_tokenizer(tmp_path, "cpm1")

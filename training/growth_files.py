@@ -11,8 +11,7 @@ from torch import Tensor
 
 from engine.adapters import model_fingerprint
 from engine.checkpoint import find_tokenizer_files, open_native, save_state
-from engine.checkpoint_any import detect_kind, load_any
-from engine.checkpoint_hf import open_huggingface
+from engine.checkpoint_any import detect_kind, load_any, open_foreign
 from engine.checkpoint_tensors import convert_tensor
 from engine.checkpoint_writer import partial_path, sync
 from engine.config import ModelConfig
@@ -117,11 +116,11 @@ def check_run(run: RunGrowth | None, growth: Growth) -> None:
 
 
 def read_model_config(model: Path) -> ModelConfig:
-    """The config of a native or Hugging Face directory; no tensor is read."""
+    """The config of a native or Hugging Face directory or a GGUF file; no tensor is read."""
     kind = detect_kind(model)
     if kind == "cpm2":
         raise CheckpointError(f"{model}: holds pickles; run `infmoe convert` on it first")
-    return open_native(model).config if kind == "native" else open_huggingface(model).config
+    return open_native(model).config if kind == "native" else open_foreign(model).config
 
 
 def plan_directory(model: Path, source: ModelConfig, target: TargetFile) -> tuple[Growth, Path]:
