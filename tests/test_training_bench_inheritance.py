@@ -9,7 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 from server.__main__ import build_app
+from training import bench_inheritance_runs
 from training.bench_inheritance import bench_inheritance, cost_goals, teaching_goals
 from training.bench_inheritance_arms import (
     LARGE,
@@ -42,7 +45,9 @@ from training.bench_inheritance_steps import (
     Texts,
     distillation_loss,
     draw_windows,
+    make_optimizer,
     read_texts,
+    update,
 )
 from training.flops import forward_flops, training_flops
 from training.growth import GrowthPlan
@@ -245,6 +250,51 @@ def test_continuing_a_run_equals_not_stopping_it(tmp_path, texts):
     assert shop.run(rest, 1).points[-1].loss == pytest.approx(whole.points[-1].loss, abs=1e-6)
 
 
+@pytest.mark.parametrize("stopped_at", [3, 7])
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses(
+    tmp_path, texts, monkeypatch, stopped_at
+):
+    monkeypatch.setattr(bench_inheritance_runs, "SAVE_S", 0.0)
+    (tmp_path / "cut").mkdir()
+    said = []
+    mixed = {"config": replace(SMALL, num_experts=2), "balanced_until": 0.5, "steps": 8}
+    whole = workshop(tmp_path, texts, said).run(arm("long", **mixed), 1)
+    shop = workshop(tmp_path / "cut", texts, said)
+    steps = []
+
+    def stop(*given):
+        steps.append(given)
+        if len(steps) > stopped_at:
+            raise KeyboardInterrupt
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_inheritance_runs, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            shop.run(arm("long", **mixed), 1)
+    steps.clear()
+    stopped_at = 99
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_inheritance_runs, "update", stop)
+        resumed = shop.run(arm("long", **mixed), 1)
+    assert len(steps) < 8  # the state was taken up
+    assert [p.loss for p in resumed.points] == [p.loss for p in whole.points]
+    assert [p.step for p in resumed.points] == [p.step for p in whole.points]
+    assert not list(tmp_path.glob("cut/states/*under-way"))
+
+
+def test_a_state_under_way_of_another_arm_is_not_taken_up(tmp_path, texts, monkeypatch):
+    monkeypatch.setattr(bench_inheritance_runs, "SAVE_S", 0.0)
+    shop = workshop(tmp_path, texts, [])
+    slow, fast = arm("long"), arm("long", rate=2e-3)
+    shop.arms["long"] = slow
+    model = Transformer(SMALL)
+    initialize(model, 1)
+    optimizer = make_optimizer(model, 1e-3)
+    shop._keep_under_way(slow, 1, model, optimizer, [Point(2, 1.0, 1.0, 9.0)])
+    assert shop.run(fast, 1).points[1].loss < 9.0
+
+
 def test_operations_count_teachers_only_while_they_teach_and_parents_once(tmp_path, texts):
     shop = workshop(tmp_path, texts, [])
     source = shop.run(arm("source", keep=(4,)), 1)
@@ -308,13 +358,14 @@ def test_a_benchmark_needs_a_seed(tmp_path):
         bench_inheritance(tmp_path, tmp_path, [], QUICK, TINY, print)
 
 
-def test_the_command_runs_and_resumes(tmp_path):
+@pytest.mark.parametrize("pair", ["small", "large"])
+def test_the_command_runs_and_resumes(tmp_path, pair):
     for name in ("train", "valid"):
         (tmp_path / name).mkdir()
         lines = [f"Line {i} of the {name} text, <n>{i * i} words.\n" for i in range(400)]
         (tmp_path / name / "a.txt").write_text("".join(lines), encoding="utf-8")
     words = ["bench-inheritance", str(tmp_path), str(tmp_path / "work"), "--quick"]
-    words += ["--out", str(tmp_path / "out"), "--seeds", "1"]
+    words += ["--out", str(tmp_path / "out"), "--seeds", "1", "--pair", pair]
     threads = torch.get_num_threads()
     try:
         first = CliRunner().invoke(build_app("bench-inheritance"), words)
@@ -326,8 +377,9 @@ def test_the_command_runs_and_resumes(tmp_path):
     assert json.loads(again.stdout.splitlines()[-1]) == result
     assert "steps, " in first.stderr
     assert "steps, " not in again.stderr  # nothing was trained again
-    assert len(result["goals"]) == 6
-    assert result == json.loads((tmp_path / "out" / "inheritance.json").read_text())
-    table = (tmp_path / "out" / "inheritance.md").read_text()
+    assert len(result["goals"]) == (6 if pair == "small" else 3)
+    name = "inheritance" if pair == "small" else "pair"
+    assert result == json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    table = (tmp_path / "out" / f"{name}.md").read_text()
     assert all(f"| {goal['wanted']} | {goal['measured']} |" in table for goal in result["goals"])
-    assert (tmp_path / "out" / "inheritance.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -10,12 +10,13 @@ from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
 from tests.growth_cases import ROWS, SMALL, build, random_model
-from tests.tiny import random_ids
+from tests.tiny import LLAMA, random_ids
 from training.growth import GrowthPlan, grow, prepare_growth
 from training.growth_optimizer import RunState, grow_moments, parameter_order, read_run, write_run
 from training.optimizers import build_optimizer
 from training.recipe import TrainRecipe
-from training.state import load_state, save_state
+from training.state import STATE_FILE, load_state, read_state, save_state
+from training.state_shards import save_shards
 
 WIDER = {"d_model": 24, "d_ff": 20, "d_kv": 8, "num_heads": 6}
 EXPERTS = replace(SMALL, num_experts=3)
@@ -59,10 +60,13 @@ def own_moments(optimizer: torch.optim.Optimizer, names: list[str], key: str) ->
 
 
 @pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["dense", "experts"])
-@pytest.mark.parametrize("width", ["isometric", "fpi"])
-def test_scaled_moments_are_those_of_a_run_that_began_grown(tmp_path, config, width):
-    _, moments, own, names = grown_run(tmp_path, config, "adamw", "scale", **WIDER, width=width)
-    for key in ("exp_avg", "exp_avg_sq", "step"):
+@pytest.mark.parametrize(
+    ("width", "kind"), [("isometric", "adamw"), ("fpi", "adamw"), ("fpi", "muon")]
+)
+def test_scaled_moments_are_those_of_a_run_that_began_grown(tmp_path, config, width, kind):
+    _, moments, own, names = grown_run(tmp_path, config, kind, "scale", **WIDER, width=width)
+    assert ("momentum_buffer" in moments) == (kind == "muon")
+    for key in moments:
         expected = own_moments(own, names, key)
         assert moments[key].keys() == expected.keys()
         for name, value in expected.items():
@@ -70,12 +74,17 @@ def test_scaled_moments_are_those_of_a_run_that_began_grown(tmp_path, config, wi
             assert float((moments[key][name] - value).abs().max()) <= bound, (key, name)
 
 
+@pytest.mark.parametrize("kind", ["adafactor", "adafactor_hf"])
 @pytest.mark.parametrize("config", [SMALL, EXPERTS], ids=["dense", "experts"])
-def test_factors_of_adafactor_are_scaled_as_well(tmp_path, config):
+def test_factors_of_adafactor_are_scaled_as_well(tmp_path, config, kind):
     # d_kv stays: queries and keys would grow by other factors, and columns are means over both
     wider = WIDER | {"d_kv": SMALL.d_kv, "width": "fpi"}
-    _, moments, own, names = grown_run(tmp_path, config, "adafactor", "scale", **wider)
-    for key in ("row_var", "col_var", "variance"):
+    _, moments, own, names = grown_run(tmp_path, config, kind, "scale", **wider)
+    keys = {
+        "adafactor": ("row_var", "col_var", "variance"),
+        "adafactor_hf": ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq"),
+    }
+    for key in keys[kind]:
         expected = own_moments(own, names, key)
         assert moments[key].keys() == expected.keys()
         for name, value in expected.items():
@@ -84,22 +93,26 @@ def test_factors_of_adafactor_are_scaled_as_well(tmp_path, config):
             assert float((moments[key][name] - value).abs().max()) <= bound, (key, name)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adafactor_hf", "muon"])
 def test_padding_carries_old_moments_and_gives_new_ones_the_mean(tmp_path, kind):
     growth, moments, own, names = grown_run(tmp_path, SMALL, kind, "carry", d_model=20, d_ff=15)
     old = read_run(tmp_path, SMALL).moments
     name = "encoder.layers.0.feed_forward.wi_0.weight"
-    if kind == "adamw":
-        first, second = moments["exp_avg"][name], moments["exp_avg_sq"][name]
-        assert torch.equal(first[:10, :12], old["exp_avg"][name])
-        assert torch.equal(second[:10, :12], old["exp_avg_sq"][name])
+    if kind in ("adamw", "muon"):
+        key = "exp_avg" if kind == "adamw" else "momentum_buffer"
+        first = moments[key][name]
+        assert torch.equal(first[:10, :12], old[key][name])
         assert not first[10:].any()
         assert not first[:, 12:].any()
+    if kind == "adamw":
+        second = moments["exp_avg_sq"][name]
+        assert torch.equal(second[:10, :12], old["exp_avg_sq"][name])
         assert torch.allclose(second[12, 14], old["exp_avg_sq"][name].mean())
-    else:
-        rows = moments["row_var"][name]
-        assert torch.allclose(rows[:10], old["row_var"][name], rtol=1e-5)
-        assert torch.allclose(rows[10:], old["row_var"][name].mean(), rtol=1e-5)
+    if kind.startswith("adafactor"):
+        key = "row_var" if kind == "adafactor" else "exp_avg_sq_row"
+        rows = moments[key][name]
+        assert torch.allclose(rows[:10], old[key][name], rtol=1e-5)
+        assert torch.allclose(rows[10:], old[key][name].mean(), rtol=1e-5)
 
 
 def test_layers_that_are_the_identity_begin_without_moments(tmp_path):
@@ -116,7 +129,7 @@ def test_layers_that_are_copies_have_the_moments_of_their_origin(tmp_path):
     assert torch.equal(moments["exp_avg"][wo.format(3)], moments["exp_avg"][wo.format(1)])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adafactor_hf", "muon"])
 @pytest.mark.parametrize("how", ["carry", "scale", "reset"])
 def test_a_grown_run_goes_on_from_its_state(tmp_path, kind, how):
     old, new = tmp_path / "old", tmp_path / "new"
@@ -147,6 +160,28 @@ def test_moments_do_not_go_through_upcycling():
     with pytest.raises(ConfigError, match="moments: carry goes through width and depth"):
         grow_moments({}, {}, growth, "carry")
     assert grow_moments({}, {}, growth, "reset") == {}
+
+
+def test_moments_of_other_families_begin_anew():
+    growth = prepare_growth(LLAMA, GrowthPlan(target=LLAMA))
+    with pytest.raises(ConfigError, match="moments: scale is for models of the T5 family"):
+        grow_moments({}, {}, growth, "scale")
+    assert grow_moments({}, {}, growth, "reset") == {}
+
+
+def test_a_run_of_several_processes_is_read_from_its_shards(tmp_path):
+    model = random_model(SMALL)
+    optimizer = optimizer_of(model)
+    run_still(model, optimizer)
+    save_state(tmp_path, 3, model, optimizer)
+    whole = read_run(tmp_path, SMALL)
+    facts, tensors = read_state(tmp_path / STATE_FILE)
+    (tmp_path / STATE_FILE).unlink()
+    save_shards(tmp_path, facts, tensors)
+    found = read_run(tmp_path, SMALL)
+    assert found.moments.keys() == whole.moments.keys()
+    for name, weight in whole.weights.items():
+        assert torch.equal(found.weights[name], weight)
 
 
 def test_a_run_that_cannot_be_read_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from engine.adapters import load_adapter, model_fingerprint
 from engine.checkpoint import load_model
 from engine.errors import ConfigError
-from tests.training_recipes import Killed, rows, write_texts
+from tests.training_recipes import Killed, recipe_text, rows, write_texts
 from training.lifelong import (
     LifelongRecipe,
     Stream,
@@ -21,43 +21,11 @@ from training.lifelong import (
 )
 from training.shards import Shard
 
-RECIPE = """
-[model]
-vocab_size = 384
-d_model = 16
-d_ff = 24
-d_kv = 8
-num_heads = 2
-num_encoder_layers = 1
-num_decoder_layers = 1
-tokenizer = "bytes"
-pad_token_id = 0
-decoder_start_token_id = 0
-eos_token_ids = [1]
-max_positions = 64
-[data]
-tokenizer = "."
-source_length = 48
-target_length = 24
-window = 48
-mean_span = 3
-[[data.sources]]
-train = "a-train.txt"
-valid = "a-valid.txt"
-group = "a"
-[[data.sources]]
-train = "b-train.txt"
-valid = "b-valid.txt"
-group = "b"
-[train]
-steps = 4
-rows = 2
-learning_rate = 1e-2
-precision = "fp32"
-eval_every = 4
-eval_batches = 2
-checkpoint_every = 2
-[lifelong]
+RECIPE = recipe_text(
+    names=("a", "b"),
+    model={"max_positions": 64},
+    train={"learning_rate": 1e-2, "eval_every": 4},
+    more="""[lifelong]
 replay = 0.25
 memory = 0.5
 recover_steps = 2
@@ -67,7 +35,8 @@ steps = 6
 [[lifelong.domains]]
 group = "b"
 grow = "grow.toml"
-"""
+""",
+)
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ def input_gradient(model):
     return x_BSD.grad
 
 
-@pytest.mark.parametrize("router", ["cpm_2", "default", "base_layer"])
+@pytest.mark.parametrize("router", ["cpm_2", "default", "base_layer", "softmax"])
 def test_borrowing_again_changes_no_gradient(router):
-    config = replace(MOE, router=router)
+    config = replace(MOE, router=router, num_experts_per_token=2 if router == "softmax" else 1)
     resident = input_gradient(tiny_model(config))
     model = tiny_model(config)
     with borrowed_again(model):

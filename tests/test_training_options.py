@@ -14,7 +14,14 @@ from engine.checkpoint import load_model, save_model
 from engine.errors import ConfigError
 from engine.model.moe import assign_greedy
 from tests.tiny import DENSE, MOE, tiny_model
-from tests.training_recipes import SMALL, Killed, kill_after, rows, tiny_recipe
+from tests.training_recipes import (
+    SMALL,
+    Killed,
+    kill_after,
+    recipe_text,
+    rows,
+    tiny_recipe,
+)
 from training.averages import Average
 from training.checkpointing import checkpointed
 from training.loop import open_data, train
@@ -25,41 +32,14 @@ from training.state import load_state, save_state, write_state
 
 GATED = replace(MOE, router="base_layer")
 ROOT = Path(__file__).parents[1]
-RECIPE = """
-[model]
-vocab_size = 384
-d_model = 16
-d_ff = 24
-d_kv = 8
-num_heads = 2
-num_encoder_layers = 1
-num_decoder_layers = 1
-tokenizer = "bytes"
-pad_token_id = 0
-decoder_start_token_id = 0
-eos_token_ids = [1]
-[data]
-tokenizer = "."
-source_length = 48
-target_length = 24
-window = 48
-mean_span = 3
-[[data.sources]]
-train = "a-train.txt"
-valid = "a-valid.txt"
-[train]
-steps = 60
-rows = 2
-precision = "fp32"
-ema = 0.9
-eval_every = 20
-eval_batches = 2
-checkpoint_every = 7
-[distill]
+RECIPE = recipe_text(
+    train={"steps": 60, "ema": 0.9, "eval_every": 20, "checkpoint_every": 7},
+    more="""[distill]
 teachers = ["teacher"]
 top_k = 4
 cache = "cache"
-"""
+""",
+)
 EVERYTHING = {
     "ema": 0.9,
     "checkpointing": True,
@@ -231,7 +211,11 @@ def test_options_that_do_not_fit_the_model_are_refused(tmp_path):
     for how, message in [
         ({"router_noise": 0.1}, "need a model with experts"),
         ({"expert_drop": 0.1}, "need a model with experts"),
-        ({"model": MOE, "balance_loss": 0.1}, "only base_layer is trained"),
+        ({"model": MOE, "balance_loss": 0.1}, "cpm_2 and default are not trained"),
+        ({"model": MOE, "expert_parallel": 3}, "expert_parallel is 3; it must divide num_experts"),
+        ({"expert_parallel": 2}, "expert_parallel is 2; it must divide num_experts, 0"),
+        ({"expert_parallel": 0}, "expert_parallel is 0; it must be at least 1"),
+        ({"submodel_until": 1.5}, "submodel_until is 1.5; allowed: 0 to 1"),
         ({"ema": 1.0}, "ema is 1.0; allowed: 0 to less than 1"),
         ({"z_loss": -1.0}, "z_loss is -1.0; it must be 0 or more"),
     ]:

@@ -8,7 +8,7 @@ import torch
 from engine.checkpoint import load_model
 from engine.errors import ConfigError
 from server.__main__ import main
-from tests.training_recipes import Killed, rows, write_texts
+from tests.training_recipes import Killed, recipe_text, rows, write_texts
 from training.lifelong import read_plan
 from training.recipe import read_recipe
 from training.run_compare import sunk_flops
@@ -16,38 +16,7 @@ from training.stages import grow_once
 from training.story import describe_stage, make_vocabulary, read_story, run_story
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
-RECIPE = """
-[model]
-vocab_size = 384
-d_model = 16
-d_ff = 24
-d_kv = 8
-num_heads = 2
-num_encoder_layers = 1
-num_decoder_layers = 1
-{experts}
-tokenizer = "bytes"
-pad_token_id = 0
-decoder_start_token_id = 0
-eos_token_ids = [1]
-[data]
-tokenizer = "."
-source_length = 48
-target_length = 24
-window = 48
-mean_span = 3
-[[data.sources]]
-train = "a-train.txt"
-valid = "a-valid.txt"
-group = "a"
-[train]
-steps = 4
-rows = 2
-precision = "fp32"
-eval_every = 2
-eval_batches = 1
-checkpoint_every = 2
-"""
+TRAIN = {"eval_batches": 1}
 STORY = """
 [[stages]]
 name = "small"
@@ -62,8 +31,8 @@ grow = "to_moe.toml"
 @pytest.fixture
 def folder(tmp_path):
     write_texts(tmp_path, ("a",))
-    (tmp_path / "small.toml").write_text(RECIPE.format(experts=""))
-    (tmp_path / "moe.toml").write_text(RECIPE.format(experts="num_experts = 2"))
+    (tmp_path / "small.toml").write_text(recipe_text(train=TRAIN))
+    (tmp_path / "moe.toml").write_text(recipe_text(model={"num_experts": 2}, train=TRAIN))
     (tmp_path / "to_moe.toml").write_text("[target]\nnum_experts = 2\n")
     (tmp_path / "story.toml").write_text(STORY)
     return tmp_path

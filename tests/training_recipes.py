@@ -57,6 +57,50 @@ def tiny_recipe(folder: Path, *, model=SMALL, names=("a",), distill=None, data=N
     )
 
 
+MODEL = {
+    "vocab_size": 384,
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 8,
+    "num_heads": 2,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "tokenizer": "bytes",
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_ids": [1],
+}
+DATA = {
+    "tokenizer": ".",
+    "source_length": 48,
+    "target_length": 24,
+    "window": 48,
+    "mean_span": 3,
+}
+TRAIN = {
+    "steps": 4,
+    "rows": 2,
+    "precision": "fp32",
+    "eval_every": 2,
+    "eval_batches": 2,
+    "checkpoint_every": 2,
+}
+
+
+def recipe_text(*, names=("a",), model=None, data=None, train=None, more="") -> str:
+    """The same as a TOML file, for tests of what reads one; `more` are tables at its end."""
+    lines = ["[model]", *_lines(MODEL | (model or {})), "[data]", *_lines(DATA | (data or {}))]
+    for name in names:
+        source = {"train": f"{name}-train.txt", "valid": f"{name}-valid.txt", "group": name}
+        lines += ["[[data.sources]]", *_lines(source)]
+    lines += ["[train]", *_lines(TRAIN | (train or {}))]
+    return "\n".join(lines) + "\n" + more
+
+
+def _lines(table: dict) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]  # JSON is TOML here
+
+
 def rows(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]

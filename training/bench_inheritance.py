@@ -80,15 +80,8 @@ def bench_inheritance(
 
     Raises ValueError if there is no text, or no seed.
     """
-    if not seeds:
-        raise ValueError("no seed: give at least one")
-    work.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(work, read_texts(data), shape, say)
-    rates = {}
-    for rate in budget.rates:
-        record = workshop.run(scratch_arm(budget, rate), seeds[0])
-        rates[f"{rate:g}"] = falling(record.points)[-1].loss
-    rate = min(budget.rates, key=lambda r: rates[f"{r:g}"])
+    workshop = open_workshop(data, work, seeds, shape, say)
+    rates, rate = tune_scratch(workshop, budget, seeds[0])
     source, control = source_arms(budget, rate, shape)
     grown = grown_arms(budget, rate)
     deep, *wide = wide_arms(budget, rate)
@@ -111,6 +104,23 @@ def bench_inheritance(
         if arm.name != "middle"
     }
     return _find(rates, rate, runs, ratios)
+
+
+def open_workshop(data: Path, work: Path, seeds: Sequence[int], shape: Shape, say: Say) -> Workshop:
+    """The work folder and the texts. Raises ValueError if there is no text, or no seed."""
+    if not seeds:
+        raise ValueError("no seed: give at least one")
+    work.mkdir(parents=True, exist_ok=True)
+    return Workshop(work, read_texts(data), shape, say)
+
+
+def tune_scratch(workshop: Workshop, budget: Budget, seed: int) -> tuple[dict[str, float], float]:
+    """The last loss of scratch by learning rate, and the best rate."""
+    losses = {}
+    for rate in budget.rates:
+        record = workshop.run(scratch_arm(budget, rate), seed)
+        losses[f"{rate:g}"] = falling(record.points)[-1].loss
+    return losses, min(budget.rates, key=lambda rate: losses[f"{rate:g}"])
 
 
 def _find(
@@ -199,8 +209,8 @@ def summary(findings: Findings) -> dict[str, Any]:
     }
 
 
-def write_summary(findings: Findings, path: Path) -> None:
-    """Write the summary as JSON, atomically."""
+def write_summary(values: dict[str, Any], path: Path) -> None:
+    """Write a summary as JSON, atomically."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary(findings), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

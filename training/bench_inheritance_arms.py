@@ -1,6 +1,7 @@
 """The runs that the benchmark of inheritance compares, and their budgets.
 
-Besides embedding and head the small model has 28 thousand weights, the large one 222 thousand.
+Besides embedding and head the small model has 28 thousand weights, the large one 222 thousand; of
+the large pair 1.8 and 14 million.
 """
 
 from dataclasses import dataclass, replace
@@ -32,13 +33,25 @@ DEEP = replace(SMALL, num_encoder_layers=2, num_decoder_layers=2)
 MIDDLE = replace(SMALL, d_model=48, d_ff=120)
 SPARSE = replace(SMALL, num_experts=4)
 
+PAIR_SMALL = replace(
+    SMALL, d_model=128, d_ff=320, num_heads=4, num_encoder_layers=4, num_decoder_layers=4
+)
+PAIR_LARGE = replace(
+    PAIR_SMALL, d_model=256, d_ff=640, num_heads=8, num_encoder_layers=8, num_decoder_layers=8
+)
+
 NOISE = 0.02  # of copies, in shares of a tensor's deviation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Steps and learning rates. Steps at which a state is kept or read divide by `eval_every`."""
+    """Models, steps and learning rates.
 
+    Steps at which a state is kept or read divide by `eval_every`.
+    """
+
+    small: ModelConfig = SMALL
+    large: ModelConfig = LARGE
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     scratch_steps: int = 1200
     source_rate: float = 8e-3
@@ -64,28 +77,39 @@ QUICK = Budget(
     sparse_steps=4,
     small_text_steps=4,
 )
+PAIR = Budget(
+    small=PAIR_SMALL,
+    large=PAIR_LARGE,
+    rates=(1e-3, 2e-3),
+    scratch_steps=600,
+    source_rate=4e-3,
+    source_steps=800,
+    early_steps=400,
+    grown_steps=350,
+)
 
 
 def scratch_arm(budget: Budget, rate: float) -> Arm:
     """The large model from a random start, at one learning rate."""
-    return Arm(name=f"scratch-{rate:g}", config=LARGE, steps=budget.scratch_steps, rate=rate)
+    return Arm(name=f"scratch-{rate:g}", config=budget.large, steps=budget.scratch_steps, rate=rate)
 
 
 def source_arms(budget: Budget, rate: float, shape: Shape) -> list[Arm]:
     """The small model; and the control, which trains it on for the operations of a grown run."""
     lengths = shape.source_length, shape.target_length
-    more = training_flops(LARGE, *lengths) / training_flops(SMALL, *lengths) * budget.grown_steps
+    times = training_flops(budget.large, *lengths) / training_flops(budget.small, *lengths)
+    more = times * budget.grown_steps
     steps = -(-round(more) // shape.eval_every) * shape.eval_every
     source = Arm(
         name="source",
-        config=SMALL,
+        config=budget.small,
         steps=budget.source_steps,
         rate=budget.source_rate,
         keep=(budget.early_steps, budget.source_steps),
     )
     control = Arm(
         name="continued",
-        config=SMALL,
+        config=budget.small,
         steps=steps,
         rate=rate,
         parent="source",
@@ -99,10 +123,10 @@ def source_arms(budget: Budget, rate: float, shape: Shape) -> list[Arm]:
 
 def grown_arms(budget: Budget, rate: float) -> list[Arm]:
     """The large model grown from the small one, by several operators and in several ways."""
-    pad = GrowthPlan(target=LARGE)
+    pad = GrowthPlan(target=budget.large)
     late = Arm(
         name="pad",
-        config=LARGE,
+        config=budget.large,
         steps=budget.grown_steps,
         rate=rate,
         parent="source",

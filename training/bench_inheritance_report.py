@@ -9,10 +9,19 @@ from statistics import fmean
 import torch
 
 from engine.config import ModelConfig
-from engine.model.transformer import Transformer, num_parameters
-from training.bench_inheritance import GOAL_SHARE, SHARES, Findings, write_summary
-from training.bench_inheritance_arms import LARGE, SMALL, SPARSE, Budget
+from engine.model.initial import num_parameters
+from engine.model.transformer import Transformer
+from training.bench_inheritance import (
+    GOAL_SHARE,
+    SHARES,
+    Findings,
+    Runs,
+    summary,
+    write_summary,
+)
+from training.bench_inheritance_arms import SPARSE, Budget
 from training.bench_inheritance_curves import Interval, Ratio, falling, interval, loss_at
+from training.bench_inheritance_pair import PairFindings, pair_summary
 from training.bench_inheritance_runs import Record
 from training.bench_inheritance_steps import Shape
 
@@ -36,9 +45,8 @@ DRAWN = ("scratch", "continued", "pad", "pad-early", "staged", "fpi-noise", "dee
 def write_report(findings: Findings, budget: Budget, shape: Shape, out: Path) -> None:
     """Write `inheritance.md`, `inheritance.png` and `inheritance.json` into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    draw(findings, out / "inheritance.png")
-    write_summary(findings, out / "inheritance.json")
-    partial = out / "inheritance.partial"
+    draw(findings.runs, out / "inheritance.png")
+    write_summary(summary(findings), out / "inheritance.json")
     lines = [
         "# Inheritance: measured",
         "",
@@ -50,15 +58,54 @@ def write_report(findings: Findings, budget: Budget, shape: Shape, out: Path) ->
         *sparse_table(findings),
         *teaching_table(findings),
     ]
+    _write_lines(lines, out / "inheritance.md")
+
+
+def write_pair_report(findings: PairFindings, budget: Budget, shape: Shape, out: Path) -> None:
+    """Write `pair.md`, `pair.png` and `pair.json` into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    draw(findings.runs, out / "pair.png")
+    write_summary(pair_summary(findings), out / "pair.json")
+    lines = [
+        "# Inheritance: the larger pair",
+        "",
+        *pair_setting(findings, budget, shape),
+        "",
+        "![Loss against compute](pair.png)",
+        *goal_table(findings),
+        *cost_table(findings),
+    ]
+    _write_lines(lines, out / "pair.md")
+
+
+def _write_lines(lines: Sequence[str], path: Path) -> None:
+    partial = path.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(out / "inheritance.md")
+    partial.replace(path)
+
+
+def pair_setting(findings: PairFindings, budget: Budget, shape: Shape) -> list[str]:
+    """What was run, in a few lines."""
+    tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in findings.rates.items())
+    return [
+        f"Encoder-decoders of the T5 family on bytes; {_core(budget.small):,} and "
+        f"{_core(budget.large):,} parameters without embedding and head. Rows, steps and "
+        f"validation as in inheritance.md: {shape.rows} rows of {shape.source_length} + "
+        f"{shape.target_length} bytes, AdamW, constant rate after {shape.warmup_steps} steps.",
+        "",
+        f"Last loss of scratch by rate, first seed: {tried}; chosen {findings.rate:g}. Scratch has "
+        f"{budget.scratch_steps} steps, the source {budget.source_steps} at "
+        f"{budget.source_rate:g}, padding {budget.grown_steps} at the rate of scratch; the control "
+        "has the operations and the rate of padding.",
+        "",
+        _about_seeds(findings),
+    ]
 
 
 def setting(findings: Findings, budget: Budget, shape: Shape) -> list[str]:
     """What was run, in a few lines."""
-    sizes = {name: _core(config) for name, config in (("small", SMALL), ("large", LARGE))}
+    sizes = {"small": _core(budget.small), "large": _core(budget.large)}
     tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in findings.rates.items())
-    seeds = len(findings.runs["scratch"])
     return [
         f"Encoder-decoders of the T5 family on bytes; {sizes['small']:,} and {sizes['large']:,} "
         f"parameters without embedding and head, {_core(SPARSE):,} for the small one with "
@@ -74,14 +121,21 @@ def setting(findings: Findings, budget: Budget, shape: Shape) -> list[str]:
         "the rate of scratch, what begins at random that of its size. The control has the "
         "operations of padding.",
         "",
-        f"Mean and 95 % t-interval over {seeds} seeds, paired with scratch of the same seed. "
-        "Seconds are processor seconds on one thread "
-        f"({platform.machine()}, {os.cpu_count()} cores in all, torch {torch.__version__}); other "
-        "work ran on the machine. Operations are those of `training/flops.py`.",
+        _about_seeds(findings),
     ]
 
 
-def goal_table(findings: Findings) -> list[str]:
+def _about_seeds(findings: Findings | PairFindings) -> str:
+    seeds = len(findings.runs["scratch"])
+    mean = f"Mean and 95 % t-interval over {seeds} seeds, paired with scratch of the same seed."
+    return (
+        f"{mean if seeds > 1 else 'One seed.'} Seconds are processor seconds on one thread "
+        f"({platform.machine()}, {os.cpu_count()} cores in all, torch {torch.__version__}); other "
+        "work ran on the machine. Operations are those of `training/flops.py`."
+    )
+
+
+def goal_table(findings: Findings | PairFindings) -> list[str]:
     """What was wanted, and what came out."""
     rows = [
         f"| {goal.wanted} | {goal.measured} | {'met' if goal.is_met else 'missed'} |"
@@ -90,7 +144,7 @@ def goal_table(findings: Findings) -> list[str]:
     return ["", "## Goals", "", "| goal | measured | |", "|---|---|---|", *rows]
 
 
-def cost_table(findings: Findings) -> list[str]:
+def cost_table(findings: Findings | PairFindings) -> list[str]:
     """Cost of each grown model over that of scratch, at the losses of scratch."""
     scratch = findings.runs["scratch"]
     targets = {share: fmean(loss_at(record, share) for record in scratch) for share in SHARES}
@@ -174,7 +228,7 @@ def ratio_cell(ratio: Ratio, seeds: int) -> str:
     return f"{ratio.free.text()} / {ratio.charged.text()}"
 
 
-def draw(findings: Findings, path: Path) -> None:
+def draw(runs: Runs, path: Path) -> None:
     """Loss over operations and over seconds, the source charged; one line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -182,10 +236,10 @@ def draw(findings: Findings, path: Path) -> None:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     charged, free = figure.subplots(1, 2, sharey=True)
-    low = min(min(p.loss for p in r.points) for r in findings.runs["scratch"])
+    low = min(min(p.loss for p in r.points) for r in runs["scratch"])
     for axes, title in ((charged, "source charged"), (free, "source free")):
-        for number, name in enumerate(n for n in DRAWN if n in findings.runs):
-            for record in findings.runs[name]:
+        for number, name in enumerate(n for n in DRAWN if n in runs):
+            for record in runs[name]:
                 offset = record.charged[0] if axes is charged else 0.0
                 curve = falling(record.points)
                 axes.plot(
@@ -193,7 +247,7 @@ def draw(findings: Findings, path: Path) -> None:
                     [point.loss for point in curve],
                     color=f"C{number}",
                     alpha=0.8,
-                    label=name if record is findings.runs[name][0] else None,
+                    label=name if record is runs[name][0] else None,
                 )
         axes.set_ylim(low - 0.05, low + 0.7)
         axes.set_xlabel(f"training, TFLOP ({title})")

@@ -1,10 +1,12 @@
 """One run of the benchmark of inheritance: begin a model from a parent, train it, keep its curve.
 
-A run that is done leaves one JSON file, written atomically, and is not trained again.
+A run that is done leaves one JSON file, written atomically, and is not trained again. One that was
+stopped goes on from its last state, which it keeps each minute, with the same losses.
 """
 
 import json
 import math
+import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -16,7 +18,8 @@ import torch
 
 from engine.checkpoint_writer import sync
 from engine.config import ModelConfig
-from engine.model.transformer import Transformer, initialize
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 from training.bench_inheritance_steps import (
     Shape,
     Texts,
@@ -28,16 +31,19 @@ from training.bench_inheritance_steps import (
 from training.flops import forward_flops, training_flops
 from training.growth import GrowthPlan, grow, prepare_growth
 from training.growth_optimizer import Moments, grow_moments, parameter_order, read_run
-from training.state import STATE_FILE, save_state
+from training.routing import set_routing
+from training.state import STATE_FILE, load_state, read_state, save_state
 
 TextName = Literal["all", "small"]
+SAVE_S = 60.0  # processor seconds between the states of a run under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """A run to make. It begins at random, or from the state that `parent` had after some steps.
 
-    Without `growth` a parent is continued. `first_batch` is the place in the order of the data.
+    Without `growth` a parent is continued. `first_batch` is the place in the order of the data,
+    `balanced_until` the share of the steps in which tokens are assigned evenly to experts.
     """
 
     name: str
@@ -53,6 +59,7 @@ class Arm:
     teacher: str = ""
     teacher_step: int = 0
     inherit_steps: int = 0
+    balanced_until: float = 0.0
     keep: tuple[int, ...] = ()
 
 
@@ -108,9 +115,7 @@ class Workshop:
                 raise ValueError(f"{arm.name} comes of {name}, which has to be run before")
         self.arms[arm.name] = arm
         path = self.folder / f"{arm.name}-seed{seed}.json"
-        texts = [self.keys[arm.text], self.keys["valid"]]
-        made_of = {"shape": asdict(self.shape), "texts": texts, **self._lineage(arm)}
-        made_of = json.loads(json.dumps(made_of))  # tuples as lists, as the file has them
+        made_of = self._made_of(arm)
         states = [self.state_folder(arm.name, step, seed) / STATE_FILE for step in arm.keep]
         if path.exists() and all(state.exists() for state in states):
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -121,12 +126,20 @@ class Workshop:
         partial.write_text(json.dumps({"made_of": made_of, **asdict(record)}), encoding="utf-8")
         sync(partial)
         partial.replace(path)
+        shutil.rmtree(self._under_way(arm, seed), ignore_errors=True)
         end = record.points[-1]
         self.say(
             f"{arm.name} seed {seed}: loss {record.points[0].loss:.4f} -> {end.loss:.4f} in "
             f"{end.step} steps, {end.flops / 1e9:,.0f} GFLOP, {end.seconds:.0f} s"
         )
         return record
+
+    def _made_of(self, arm: Arm) -> dict[str, Any]:
+        """All that a run depends on, besides the seed, as its file has it."""
+        texts = [self.keys[arm.text], self.keys["valid"]]
+        made_of = {"shape": asdict(self.shape), "texts": texts, **self._lineage(arm)}
+        found: dict[str, Any] = json.loads(json.dumps(made_of))  # tuples become lists
+        return found
 
     def _lineage(self, arm: Arm) -> dict[str, Any]:
         """The arm and all that it comes from: a run of another parent is another run."""
@@ -177,6 +190,35 @@ class Workshop:
         """Where a run keeps its state after so many steps."""
         return self.folder / "states" / f"{name}-seed{seed}-step{step}"
 
+    def _under_way(self, arm: Arm, seed: int) -> Path:
+        return self.folder / "states" / f"{arm.name}-seed{seed}-under-way"
+
+    def _resume(
+        self, arm: Arm, seed: int, model: Transformer, optimizer: torch.optim.Optimizer
+    ) -> list[Point]:
+        """Take up a run that was stopped; its points so far, none if there is no such run."""
+        folder = self._under_way(arm, seed)
+        if not (folder / STATE_FILE).exists():
+            return []
+        if read_state(folder / STATE_FILE)[0].get("made_of") != self._made_of(arm):
+            return []
+        facts: dict[str, Any] = {}
+        load_state(folder, model, optimizer, more=facts)
+        return [Point(*point) for point in facts["points"]]
+
+    def _keep_under_way(
+        self,
+        arm: Arm,
+        seed: int,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        points: list[Point],
+    ) -> None:
+        folder = self._under_way(arm, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts: dict[str, Any] = {"points": points, "made_of": self._made_of(arm)}
+        save_state(folder, points[-1].step, model, optimizer, **facts)
+
     def _load(self, name: str, step: int, seed: int) -> Transformer:
         config = self.config(name)
         model = Transformer(config)
@@ -215,13 +257,17 @@ class Workshop:
         teaching = 0.0
         if teacher is not None:
             teaching = float(shape.rows * forward_flops(teacher.config, *shape.lengths).total)
-        points = [Point(0, 0.0, 0.0, valid_loss(model, self.texts.valid, shape))]
-        flops = seconds = 0.0
-        for step in range(arm.steps):
+        points = self._resume(arm, seed, model, optimizer)
+        if not points:
+            points = [Point(0, 0.0, 0.0, valid_loss(model, self.texts.valid, shape))]
+        start, flops, seconds, _ = points[-1]
+        kept_s = seconds
+        for step in range(start, arm.steps):
             began = time.process_time()  # other processes on the machine do not count
             share = max(0.0, 1 - step / arm.inherit_steps) if arm.inherit_steps else 0.0
             for group in optimizer.param_groups:
                 group["lr"] = arm.rate * min((step + 1) / shape.warmup_steps, 1.0)
+            set_routing(model, balanced=step < arm.steps * arm.balanced_until)
             windows = draw_windows(text, seed, arm.first_batch + step, shape, shape.rows)
             loss = update(model, optimizer, windows, shape, teacher if share else None, share)
             if not math.isfinite(loss):
@@ -237,4 +283,7 @@ class Workshop:
                 folder = self.state_folder(arm.name, done, seed)
                 folder.mkdir(parents=True, exist_ok=True)
                 save_state(folder, done, model, optimizer)
+            if points[-1].step == done < arm.steps and seconds >= kept_s + SAVE_S:
+                self._keep_under_way(arm, seed, model, optimizer, points)
+                kept_s = seconds
         return points

@@ -21,6 +21,7 @@ from engine.model.transformer import Transformer
 from engine.tokenizer import ByteTokenizer
 from training.optimizers import build_optimizer
 from training.recipe import TrainRecipe
+from training.routing import set_routing
 
 VALID_SEED = 20210624  # validation windows are the same for all runs
 TEMPERATURE = 2.0  # of distillation, as Qin et al. release it
@@ -118,8 +119,9 @@ def distillation_loss(
 
 
 def valid_loss(model: Transformer, text: Ids, shape: Shape) -> float:
-    """Mean loss over the validation windows."""
+    """Mean loss over the validation windows; experts are chosen as at inference."""
     model.eval()
+    set_routing(model, balanced=False)
     windows = draw_windows(text, VALID_SEED, 0, shape, shape.eval_rows)
     with torch.no_grad():
         sums = [

@@ -26,7 +26,7 @@ from training.growth_width import (
     wide_eps,
     widen,
 )
-from training.upcycling import Upcycling, upcycle
+from training.upcycling import Upcycling, check_upcycling, keeps_gates, upcycle
 from training.vocabulary_growth import VocabularyMap, regrow_rows
 
 State = Mapping[str, Tensor]
@@ -41,6 +41,20 @@ VOCABULARY_FIELDS = (
     "continuation_sentinel",
 )
 FREE_FIELDS = (*SIZES, "num_experts", "router", "norm_eps", "max_positions")
+EXPERT_FIELDS = (
+    "dense_layers",
+    "num_experts_per_token",
+    "normalize_gates",
+    "routed_scale",
+    "expert_d_ff",
+    "shared_d_ff",
+    "expert_bias",
+    "router_bias",
+    "choice_bias",
+    "expert_groups",
+    "top_groups",
+    "group_score",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +136,11 @@ class Growth:
                 f"d_model {self.target.d_model} is no multiple of {self.source.d_model}: fpi is "
                 "not exact then; isometric and pad are"
             )
-        if self.upcycles and self.target.router == "base_layer":
-            found.append("the router base_layer gates its experts: clones are not exact")
+        if self.upcycles and not keeps_gates(self.target):
+            hint = "set normalize_gates" if self.target.is_top_k else "choose another router"
+            found.append(
+                f"the router {self.target.router} gates its experts: clones are not exact; {hint}"
+            )
         return found
 
 
@@ -142,6 +159,9 @@ def prepare_growth(
     check_target(source, plan.target, has_vocabulary=vocabulary is not None)
     eps = wide_eps(source, plan.target.d_model, plan.width)
     target = replace(plan.target, norm_eps=eps)
+    if target.num_experts and not source.num_experts:
+        target = plan.experts.choose_layers(target)
+        check_upcycling(replace(source, d_ff=target.d_ff), target)
     generator = torch.Generator().manual_seed(plan.seed)
     maps = build_maps(source, target, plan.width, plan.split, generator)
     layers: dict[str, list[Layer]] = {
@@ -166,12 +186,34 @@ def check_target(source: ModelConfig, target: ModelConfig, *, has_vocabulary: bo
         raise ConfigError(
             f"router is {target.router}, that of the model {source.router}; it cannot change"
         )
+    _check_family(source, target)
     given, old = asdict(target), asdict(source)
     free = FREE_FIELDS + (VOCABULARY_FIELDS if has_vocabulary else ())
+    free += EXPERT_FIELDS if target.num_experts and not source.num_experts else ()
     for name, value in given.items():
         if name not in free and value != old[name]:
             hint = "give [vocabulary]" if name in VOCABULARY_FIELDS else "it cannot grow"
             raise ConfigError(f"{name} is {value!r}, that of the model {old[name]!r}; {hint}")
+
+
+def is_t5(config: ModelConfig) -> bool:
+    """Whether a model is of the family whose tensors can be widened; others can be upcycled."""
+    is_plain = config.positions == "relative" and config.norm == "rms" and config.latent is None
+    has_biases = config.qkv_bias or config.out_bias or config.ff_bias or config.expert_bias
+    return is_plain and not has_biases and config.kv_heads == config.num_heads
+
+
+def _check_family(source: ModelConfig, target: ModelConfig) -> None:
+    grown = widened(source, target)
+    if grown and (not is_t5(source) or source.shared_d_ff or source.expert_d_ff):
+        raise ConfigError(
+            f"{grown[0]} grows in models of the T5 family only; experts can be added to others"
+        )
+    deeper = any(target.num_layers(stack) > source.num_layers(stack) for stack in STACKS)
+    if deeper and (source.dense_layers or source.windows or not is_t5(source)):
+        raise ConfigError(
+            "layers can be added to models of the T5 family only, whose layers are all alike"
+        )
 
 
 def grow(state: State, growth: Growth) -> dict[str, Tensor]:
@@ -179,7 +221,9 @@ def grow(state: State, growth: Growth) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(growth.plan.seed + 1)
     if growth.vocabulary is not None:
         state = regrow_rows(state, growth.vocabulary, generator)
-    wide = widen(state, growth.maps, growth.plan.noise, generator)
+    wide = state
+    if widened(growth.source, growth.target):
+        wide = widen(state, growth.maps, growth.plan.noise, generator)
     deep = deepen(wide, growth.layers)
     if growth.upcycles:
         deep = upcycle(deep, growth.target, growth.plan.experts, generator)

@@ -40,8 +40,10 @@ def parameter_roles(name: str) -> Roles:
         return ("same",), ("read",)
     if name.endswith("relative_bias.weight"):
         return ("same",), ("head",)
-    if name.endswith(".centroids"):
+    if name.endswith((".centroids", ".router.weight")):
         return ("same",), ("read",)
+    if name.endswith((".router.bias", ".choice_bias")):
+        return (("same",),)
     last = name.rsplit(".", 1)[-1]
     if name.startswith("experts."):
         return ("same",), *(FEED_FORWARD[last] if last != "norm" else (("gain",),))

@@ -30,6 +30,8 @@ def plan_layers(old: int, new: int, method: DepthMethod) -> list[Layer]:
     stack repeats the stack and ends with its top layers: 3 to 8 is 0 1 2 0 1 2 1 2. identity is the
     same with nothing added by what is new; interpolate repeats each layer: 0 0 0 1 1 1 2 2.
     """
+    if new == old:
+        return [Layer(index) for index in range(new)]  # a decoder-only model has no encoder
     if method == "interpolate":
         return [Layer(index * old // new) for index in range(new)]
     repeated = [index % old for index in range(new - new % old)]

@@ -15,18 +15,24 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
-from training.growth import Growth
+from training.growth import Growth, is_t5
 from training.growth_axes import Axis, Factor, expand, parse_layer
 from training.growth_depth import deepen
 from training.growth_width import expand_layered
 from training.optimizers import build_optimizer
 from training.recipe import OptimizerName, TrainRecipe
-from training.state import STATE_FILE, read_state, write_state
+from training.state import STATE_FILE, find_state, read_state, write_state
 
 Moments = Literal["carry", "scale", "reset"]
 ByKey = dict[str, dict[str, Tensor]]  # exp_avg and the like -> parameter -> tensor
-FIRST = "exp_avg"  # begins at zero where nothing is known; second moments at their mean
-OPTIMIZERS: dict[str, OptimizerName] = {"AdamW": "adamw", "Adafactor": "adafactor"}
+FIRST = ("exp_avg", "momentum_buffer")  # begin at zero where nothing is known, others at their mean
+FACTORS = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))  # torch's, Hugging Face's
+OPTIMIZERS: dict[str, OptimizerName] = {
+    "AdamW": "adamw",
+    "Adafactor": "adafactor",
+    "AdafactorHF": "adafactor_hf",
+    "Muon": "muon",
+}
 
 
 class RunState(NamedTuple):
@@ -43,9 +49,12 @@ def read_run(run: Path, config: ModelConfig) -> RunState:
     Raises CheckpointError if there is none, it is damaged, or of another model than `config`.
     """
     path = run / STATE_FILE
-    if not path.exists():
-        raise CheckpointError(f"{path}: does not exist; give the folder of a run that was trained")
     try:
+        path = find_state(run) or path
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: does not exist; give the folder of a run that was trained"
+            )
         facts, tensors = read_state(path)
         names = parameter_order(config, OPTIMIZERS[facts["optimizer"]])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -72,7 +81,7 @@ def write_run(run: Path, config: ModelConfig, state: RunState) -> None:
 
     Raises CheckpointError if the folder holds a state.
     """
-    if (run / STATE_FILE).exists():
+    if find_state(run) is not None:
         raise CheckpointError(f"{run}: holds the state of a run; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
     order = parameter_order(config, OPTIMIZERS[state.optimizer])
@@ -100,6 +109,8 @@ def check_moments(growth: Growth, how: Moments) -> None:
             f"moments: {how} goes through width and depth; experts and another vocabulary begin "
             "anew: choose reset, or grow in two steps"
         )
+    if how != "reset" and not is_t5(growth.source):
+        raise ConfigError(f"moments: {how} is for models of the T5 family; choose reset")
 
 
 def grow_moments(
@@ -117,14 +128,16 @@ def grow_moments(
         return {}
     wide: ByKey = {}
     for key, tensors in moments.items():
-        if key in ("row_var", "col_var"):
+        if any(key in pair for pair in FACTORS):
             continue
         wide[key] = {
             name: tensor if tensor.ndim == 0 else _widen_moment(tensors, name, key, growth, how)
             for name, tensor in tensors.items()
         }
-    if "row_var" in moments:
-        wide |= _widen_factors(moments, shapes, growth, how)
+    for row, column in FACTORS:
+        if row in moments:
+            factors = _widen_factors(moments[row], moments[column], shapes, growth, how)
+            wide |= dict(zip((row, column), factors, strict=True))
     identity = {
         (stack, i)
         for stack, layers in growth.layers.items()
@@ -143,9 +156,9 @@ def _widen_moment(
 ) -> Tensor:
     factor: Factor = "none"
     if how == "scale":
-        factor = "grad" if key == FIRST else "grad_squared"
+        factor = "grad" if key in FIRST else "grad_squared"
     grown = expand_layered(tensors, name, growth.maps, factor)
-    fill = torch.zeros(()).double() if key == FIRST else _known_mean(grown.values, grown.is_new)
+    fill = torch.zeros(()).double() if key in FIRST else _known_mean(grown.values, grown.is_new)
     return torch.where(grown.is_new, fill, grown.values).to(tensors[name].dtype)
 
 
@@ -154,25 +167,34 @@ def _known_mean(values: Tensor, is_new: Tensor) -> Tensor:
 
 
 def _widen_factors(
-    moments: ByKey, shapes: Mapping[str, Tensor], growth: Growth, how: Moments
-) -> ByKey:
+    old_rows: Mapping[str, Tensor],
+    old_columns: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor],
+    growth: Growth,
+    how: Moments,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Adafactor's: the second moment of a matrix is row x column / mean(row).
 
     With rows scaled to r and columns to c, the grown matrix is r x c / mean(row); its own factors
-    are its means over columns and over rows. Under AKI they are those of the own layer.
+    are its means over columns and over rows. Under AKI they are those of the own layer. Torch keeps
+    a dimension of 1 where the mean was taken, Hugging Face does not.
     """
     factor: Factor = "grad_squared" if how == "scale" else "none"
     rows, columns = {}, {}
-    for name, row in moments["row_var"].items():
+    for name, row in old_rows.items():
         axes = growth.maps.axes(name, tuple(shapes[name].shape))
-        r = _expand_known(row.squeeze(-1), axes[:-1], factor).unsqueeze(-1)
-        column = moments["col_var"][name].squeeze(-2)
+        column, kept = old_columns[name], row.ndim == len(axes)
+        if kept:
+            row, column = row.squeeze(-1), column.squeeze(-2)
+        r = _expand_known(row, axes[:-1], factor).unsqueeze(-1)
         c = _expand_known(column, axes[:-2] + axes[-1:], factor).unsqueeze(-2)
-        old_mean = row.double().mean(-2, keepdim=True)  # per expert, whose number does not grow
+        old_mean = row.double().mean(-1)[..., None, None]  # per expert, whose number does not grow
         old_mean = old_mean.clamp(min=torch.finfo(torch.float64).tiny)
-        rows[name] = (r * c.mean(-1, keepdim=True) / old_mean).to(row.dtype)
-        columns[name] = (c * r.mean(-2, keepdim=True) / old_mean).to(row.dtype)
-    return {"row_var": rows, "col_var": columns}
+        wide_row = (r * c.mean(-1, keepdim=True) / old_mean).to(row.dtype)
+        wide_column = (c * r.mean(-2, keepdim=True) / old_mean).to(row.dtype)
+        rows[name] = wide_row if kept else wide_row.squeeze(-1)
+        columns[name] = wide_column if kept else wide_column.squeeze(-2)
+    return rows, columns
 
 
 def _expand_known(tensor: Tensor, axes: tuple[Axis, ...], factor: Factor) -> Tensor:

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from training.growth import GrowthPlan
 from training.growth_depth import DepthMethod
 from training.growth_width import Split, WidthMethod
-from training.upcycling import RouterStart, Upcycling
+from training.upcycling import LayerChoice, RouterStart, Upcycling
 from training.vocabulary_growth import RowStart
 
 RecipeName = Literal["net2net", "stacking_bert", "bert2bert"]
@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "split": get_args(Split),
     "depth": get_args(DepthMethod),
     "router_start": get_args(RouterStart),
+    "layers": get_args(LayerChoice),
     "kind": get_args(TokenizerKind),
     "start": get_args(RowStart),
     "recipe": get_args(RecipeName),

@@ -18,26 +18,26 @@ from torch.nn import functional as F
 from engine.checkpoint_any import load_any
 from engine.checkpoint_writer import VOCABULARY_FILES, sync
 from engine.config import TokenizerKind
-from engine.model.moe import assign_greedy
-from engine.model.transformer import Transformer, initialize
+from engine.model.initial import initialize
+from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer, open_tokenizer
 from training.averages import Average
 from training.checkpointing import checkpointed
 from training.distill import Teaching, open_teaching, prepare_cache
-from training.distributed import ALONE, Workers
+from training.distributed import ALONE, Workers, held_experts
 from training.evaluate import FillReport, evaluate_fill, unigram_log_probs
-from training.flops import training_flops
 from training.losses import autocast, label_scores
 from training.metrics import Metrics
 from training.objectives import MODE_TOKENS, make_denoisers
 from training.optimizers import build_optimizer, learning_rate
 from training.plots import plot_losses
 from training.recipe import Precision, Recipe
-from training.routing import assign_balanced
+from training.routing import set_routing
 from training.sampler import Sampler
 from training.shards import Shard, prepare_shard
 from training.span_corruption import IGNORED, Batch, Objective
 from training.state import load_state, save_state
+from training.two_stage import part_of_step, step_flops, submodel
 from training.updates import Lesson, train_update
 from training.vocabulary_names import open_vocabulary
 
@@ -161,12 +161,6 @@ def train_step(
     return update.loss, update.norm
 
 
-def set_routing(model: Transformer, *, balanced: bool) -> None:
-    """Route by balanced assignment or, as at inference, greedily."""
-    for layer in model.moe_layers():
-        layer.assign = assign_balanced if balanced else assign_greedy
-
-
 def evaluate(model: Transformer, data: TrainingData, recipe: Recipe) -> FillReport:
     """Span filling on the validation texts, greedily routed as at inference."""
     set_routing(model, balanced=False)
@@ -268,8 +262,10 @@ class _State:
 def _begin(recipe: Recipe, run: Path, data: TrainingData, workers: Workers) -> _State:
     settings = recipe.train
     workers.check(recipe)
-    model = workers.shard(begin_model(recipe))
+    model = workers.shard(begin_model(recipe), settings.expert_parallel)
     optimizer = build_optimizer(model, settings)
+    if (held := held_experts(model)) is not None:
+        held.adopt(optimizer)
     average = Average(model, settings.ema) if settings.ema else None
     facts: dict[str, Any] = {}
     weights = None if average is None else average.weights
@@ -301,7 +297,9 @@ def _run_step(
     numbers = range(step * settings.accumulation, (step + 1) * settings.accumulation)
     batches = [(number, data.train.batch(settings.seed, number)) for number in numbers]
     lesson = None if teaching is None else Lesson(teaching.rate(step, settings.steps), teaching)
-    update = train_update(model, state.optimizer, batches, recipe, lesson, workers)
+    part = part_of_step(recipe, step)
+    with nullcontext() if part is None else submodel(model, part, settings.submodel_layers):
+        update = train_update(model, state.optimizer, batches, recipe, lesson, workers)
     if not (math.isfinite(update.loss) and math.isfinite(update.norm)):
         raise FloatingPointError(
             f"loss is {update.loss}, gradient norm {update.norm} at step {step}: lower "
@@ -318,8 +316,10 @@ def _run_step(
         "loss": round(update.loss, 6),
         "rate": rate,
         "norm": round(update.norm, 4),
-        "flops": rows * training_flops(recipe.model, *lengths),
+        "flops": rows * step_flops(recipe.model, part, settings.submodel_layers, *lengths),
     }
+    if part is not None:
+        row["submodel"] = part
     if lesson is not None and lesson.rate > 0:
         row |= {"inheritance": lesson.rate, "kl": round(update.kl, 6)}
         row["teacher_flops"] = rows * lesson.teaching.flops(*lengths)
@@ -347,6 +347,6 @@ def _save(state: _State, run: Path, done: int, workers: Workers) -> None:
     if state.metrics is not None:
         sync(state.metrics.path)  # before the state that relies on it
     facts = {"teaching_is_over": is_over}
-    save_state(run, done, state.model, state.optimizer, weights, workers.is_first, **facts)
+    save_state(run, done, state.model, state.optimizer, weights, workers, **facts)
     if state.metrics is not None:
         plot_losses(state.metrics.rows, run / "loss.png")

@@ -69,7 +69,9 @@ def z_penalty(logits_NV: Tensor) -> Tensor:
 
 
 def balance_penalty(scores_NE: Tensor, expert_N: Tensor) -> Tensor:
-    """E * sum over experts of (share of the tokens) * (mean probability); 1 if all is even.
+    """E * sum over experts of (share of the choices) * (mean probability); 1 if all is even.
+
+    Tokens that choose several experts have as many entries in `expert_N`.
 
     Source: Switch Transformers (arXiv:2101.03961) eq. 4.
     """

@@ -11,7 +11,13 @@ from training.recipe import TrainRecipe
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.98), 1e-8
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-NOT_ON_BLOCKS = ("embedding.weight", "lm_head.weight", "relative_bias.weight", "centroids")
+NOT_ON_BLOCKS = (
+    "embedding.weight",
+    "lm_head.weight",
+    "relative_bias.weight",
+    "centroids",
+    "router.weight",
+)
 
 
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.model.moe import Assign, MoELayer
+from engine.model.topk import AnyMoE, TopKLayer
 from engine.model.transformer import Transformer
 from training.losses import balance_penalty, router_z_penalty
 from training.recipe import TrainRecipe
@@ -29,7 +30,7 @@ def router_options(
     with ExitStack() as stack:
         for layer in model.moe_layers():
             key = zlib.crc32(f"{recipe.seed} {number} {layer.name}".encode())
-            if recipe.router_noise:
+            if recipe.router_noise and isinstance(layer, MoELayer):
                 stack.enter_context(_noisy(layer, recipe.router_noise, key))
             if recipe.expert_drop:
                 hook = layer.register_forward_hook(_dropper(recipe.expert_drop, key))
@@ -72,12 +73,18 @@ def _dropper(share: float, key: int):  # type: ignore[no-untyped-def]  # a hook 
 
 
 def _watcher(recipe: TrainRecipe, penalties: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    def watch(layer: MoELayer, inputs: tuple[Tensor, object]) -> None:
-        scores_NE = layer.scores(inputs[0].flatten(0, -2))
+    def watch(layer: AnyMoE, inputs: tuple[Tensor, object]) -> None:
+        x_ND = inputs[0].flatten(0, -2)
+        if isinstance(layer, TopKLayer):
+            x_ND = layer.norm(x_ND)
+        scores_NE = layer.scores(x_ND)
         penalty = recipe.router_z_loss * router_z_penalty(scores_NE)
         if recipe.balance_loss:
-            chosen_N = layer.assign(scores_NE.detach())
-            penalty = penalty + recipe.balance_loss * balance_penalty(scores_NE, chosen_N)
+            if isinstance(layer, TopKLayer):
+                chosen = layer.route(x_ND).experts.flatten()
+            else:
+                chosen = layer.assign(scores_NE.detach())
+            penalty = penalty + recipe.balance_loss * balance_penalty(scores_NE, chosen)
         penalties.setdefault(layer.name, penalty)
 
     return watch

@@ -1,11 +1,26 @@
-"""Balanced assignment of tokens to experts, for training only."""
+"""Which expert takes which token in training: balanced assignment, or greedily as in use."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.model.moe import assign_greedy
+from engine.model.topk import TopKLayer
+from engine.model.transformer import Transformer
+
 MAX_ROUNDS = 100
+
+
+def set_routing(model: Transformer, *, balanced: bool) -> None:
+    """Route by balanced assignment or, as at inference, greedily.
+
+    Routers that weigh several experts choose by their own rule; a balance loss is for them.
+    """
+    for layer in model.moe_layers():
+        if isinstance(layer, TopKLayer):
+            continue
+        layer.assign = assign_balanced if balanced else assign_greedy
 
 
 def assign_balanced(scores_NE: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""From a dense model to a mixture of experts: clones of each feed-forward, and a router.
+"""From a dense model to a mixture of experts: clones of feed-forwards, and routers.
 
 Source: CPM-2 (arXiv:2106.10715) s2.3 for undisturbed clones, routed once by orthogonal centroids;
 sparse upcycling (arXiv:2212.05055); drop-upcycling (arXiv:2502.19261) for experts redrawn in part.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,23 +15,27 @@ from engine.config import ModelConfig
 from engine.errors import ConfigError
 
 RouterStart = Literal["orthogonal", "normal"]
+LayerChoice = Literal["all", "every_second", "upper_half", "encoder", "decoder"]
 State = Mapping[str, Tensor]
 CENTROID_GAIN = 0.01  # CPM-2
 ROUTER_STD = 0.02  # Megatron, drop-upcycling, AquilaMoE
-HALF_GATE = 2.0  # a sigmoid of small scores is 1/2
+BIASES = {"bi_0": "wi_0.bias", "bi_1": "wi_1.bias", "bo": "wo.bias"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upcycling:
-    """How clones become experts.
+    """How clones become experts, and in which layers.
 
     `drop` is the share of each expert's channels that is drawn anew, with the mean and deviation of
-    what it replaces; `noise` is added to matrices, in shares of their deviation.
+    what it replaces; `noise` is added to matrices, in shares of their deviation. `layers`: of those
+    that are not chosen the feed-forward stays dense; every_second takes the second, fourth ... of
+    each stack (GShard, Switch), unless the target's `dense_layers` tell one by one.
     """
 
     router_start: RouterStart = "orthogonal"
     drop: float = 0.0
     noise: float = 0.0
+    layers: LayerChoice = "all"
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1:
@@ -40,8 +44,63 @@ class Upcycling:
             raise ConfigError(f"noise is {self.noise!r}; it must be 0 or more, and finite")
 
     def is_exact(self, config: ModelConfig) -> bool:
-        """Whether the mixture computes the dense function: one expert per token, no gate."""
-        return not self.drop and not self.noise and config.router != "base_layer"
+        """Whether the mixture computes the dense function: the gates of a token sum to 1."""
+        return not self.drop and not self.noise and keeps_gates(config)
+
+    def choose_layers(self, config: ModelConfig) -> ModelConfig:
+        """The target, with those layers left dense that are not chosen.
+
+        Raises ConfigError if the target tells them itself.
+        """
+        if self.layers == "all":
+            return config
+        if config.dense_layers:
+            raise ConfigError(
+                f"layers is {self.layers!r}, and dense_layers are given too; give one of them"
+            )
+        dense = [layer for layer in config.moe_layers() if not self._chooses(config, layer)]
+        return replace(config, dense_layers=tuple(dense))
+
+    def _chooses(self, config: ModelConfig, layer: str) -> bool:
+        stack, index = layer.split("-")
+        if self.layers == "every_second":
+            return int(index) % 2 == 1
+        if self.layers == "upper_half":
+            count = config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
+            return 2 * int(index) >= count
+        return stack == self.layers
+
+
+def keeps_gates(config: ModelConfig) -> bool:
+    """Whether the gates of a token sum to what does not depend on the token."""
+    return config.normalize_gates if config.is_top_k else config.router != "base_layer"
+
+
+def first_gates(config: ModelConfig) -> float:
+    """What the gates of a token sum to at first, while all scores are small."""
+    if not config.is_top_k:
+        return 0.5 if config.router == "base_layer" else 1.0  # a sigmoid is 1/2
+    if config.normalize_gates:
+        return config.routed_scale
+    gate = 1 / config.num_experts if config.router == "softmax" else 0.5
+    return config.routed_scale * config.num_experts_per_token * gate
+
+
+def check_upcycling(source: ModelConfig, target: ModelConfig) -> None:
+    """Raise ConfigError if the experts of the target cannot be clones of dense feed-forwards."""
+    if not target.moe_layers():
+        raise ConfigError("no layer has experts: choose other layers, or fewer dense_layers")
+    if target.router == "sparsemixer":
+        raise ConfigError("router sparsemixer has no start for clones; choose softmax or sigmoid")
+    if target.shared_d_ff or target.expert_width != source.d_ff:
+        raise ConfigError(
+            f"experts are clones of feed-forwards of width {source.d_ff}: leave expert_d_ff and "
+            "shared_d_ff out"
+        )
+    if target.expert_bias != source.ff_bias:
+        raise ConfigError(f"expert_bias must be {source.ff_bias}, as the dense model has it")
+    if source.norm != "rms" and not target.is_top_k:
+        raise ConfigError(f"experts of router {target.router} have RMS norms; choose softmax")
 
 
 def upcycle(
@@ -49,35 +108,52 @@ def upcycle(
 ) -> dict[str, Tensor]:
     """The state of a mixture of experts that begins as copies of the dense feed-forwards.
 
-    Tokens go to one expert, whose output no gate multiplies; only the router base_layer has one,
-    which begins near 1/2, so there `wo` is doubled.
+    Of cpm_2 and default, tokens go to one expert, whose output no gate multiplies. Elsewhere `wo`
+    is divided by what the gates sum to at first: 1 if they are normalised, which makes any number
+    of clones exact.
     """
-    sparse = {name: tensor for name, tensor in state.items() if ".feed_forward." not in name}
+    sparse = dict(state)
+    dtype = state["embedding.weight"].dtype
     for layer in target.moe_layers():
         stack, index = layer.split("-")
         prefix = f"{stack}.layers.{index}."
-        sparse[f"{prefix}moe.centroids"] = _draw_centroids(target, options, generator).to(
-            state["embedding.weight"].dtype
-        )
+        dense = _take_dense(sparse, f"{prefix}feed_forward.", target)
+        router = _draw_router(target, options, generator).to(dtype)
+        if target.is_top_k:
+            sparse[f"{prefix}moe.router.weight"] = router
+            sparse[f"{prefix}moe.norm.weight"] = dense.pop("norm")
+            if "norm_bias" in dense:
+                sparse[f"{prefix}moe.norm.bias"] = dense.pop("norm_bias")
+            for name, has in (
+                ("router.bias", target.router_bias),
+                ("choice_bias", target.choice_bias),
+            ):
+                if has:
+                    sparse[f"{prefix}moe.{name}"] = torch.zeros(target.num_experts, dtype=dtype)
+        else:
+            sparse[f"{prefix}moe.centroids"] = router
         if target.router == "cpm_2":
-            sparse[f"{prefix}moe.router_norm"] = torch.ones_like(state["encoder.norm.weight"])
-        experts = [
-            _make_expert(_dense_layer(state, prefix, target), options, generator)
-            for _ in range(target.num_experts)
-        ]
+            sparse[f"{prefix}moe.router_norm"] = torch.ones(target.d_model, dtype=dtype)
+        experts = [_make_expert(dense, options, generator) for _ in range(target.num_experts)]
         for key in target.expert_shapes():
             sparse[f"experts.layers.{layer}.{key}"] = torch.stack([e[key] for e in experts])
     return sparse
 
 
-def _dense_layer(state: State, prefix: str, target: ModelConfig) -> dict[str, Tensor]:
-    tensors = {key: state[f"{prefix}feed_forward.{key}.weight"] for key in target.expert_shapes()}
-    if target.router == "base_layer":
-        tensors["wo"] = tensors["wo"] * HALF_GATE
+def _take_dense(state: dict[str, Tensor], prefix: str, target: ModelConfig) -> dict[str, Tensor]:
+    """Take a feed-forward out of a state; its tensors by the names that they have in an expert."""
+    names = {key: f"{prefix}{key}.weight" for key in ("norm", "wi_0", "wi_1", "wo")}
+    names |= {key: f"{prefix}{name}" for key, name in BIASES.items()}
+    names["norm_bias"] = f"{prefix}norm.bias"
+    tensors = {key: state.pop(name) for key, name in names.items() if name in state}
+    if (share := first_gates(target)) != 1:
+        for key in ("wo", "bo"):
+            if key in tensors:
+                tensors[key] = tensors[key] / share
     return tensors
 
 
-def _draw_centroids(target: ModelConfig, options: Upcycling, generator: torch.Generator) -> Tensor:
+def _draw_router(target: ModelConfig, options: Upcycling, generator: torch.Generator) -> Tensor:
     centroids = torch.empty(target.num_experts, target.d_model)
     if options.router_start == "orthogonal":
         return nn.init.orthogonal_(centroids, gain=CENTROID_GAIN, generator=generator)
@@ -93,7 +169,7 @@ def _make_expert(
     order = torch.randperm(num_channels, generator=generator)
     dropped = order[: round(options.drop * num_channels)]
     for key, tensor in expert.items():
-        if key == "norm":
+        if tensor.ndim < 2:
             continue
         rows = tensor.T if key == "wo" else tensor  # one row a channel; a view either way
         if options.noise:
