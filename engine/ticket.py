@@ -1,8 +1,8 @@
 """One accepted request on its way between the event loop and the engine thread."""
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from time import perf_counter
 
 from engine.request import Event, Failed, Finished, Request
@@ -11,7 +11,8 @@ from engine.request import Event, Failed, Finished, Request
 class Ticket:
     """What `Worker.submit` returns: an async iterator of events; closing it cancels the request.
 
-    `num_tokens` is what it may take in all, for the bounds of the queue.
+    Who wants no task of its own for each request has it `listen` instead. `num_tokens` is what it
+    may take in all, for the bounds of the queue.
     """
 
     def __init__(
@@ -22,7 +23,9 @@ class Ticket:
         self.submitted = perf_counter()
         self._is_cancelled = False  # read by other threads, and only ever set
         self._loop = loop
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._events: deque[Event] = deque()
+        self._sink: Callable[[Event], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._done = False
 
     def is_cancelled(self) -> bool:
@@ -44,25 +47,42 @@ class Ticket:
 
     def take(self, event: Event) -> None:
         """Take an event, on the loop."""
-        self._events.put_nowait(event)
+        if self._sink is not None:
+            self._sink(event)
+            return
+        self._events.append(event)
+        self._wake()
+
+    def listen(self, sink: Callable[[Event], None]) -> None:
+        """Give all events to a function, on the loop, instead of to who iterates."""
+        self._sink = sink
+        while self._events:
+            sink(self._events.popleft())
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def __aiter__(self) -> "Ticket":
         return self
 
     async def __anext__(self) -> Event:
+        while not self._done and not self._events:
+            self._waiter = self._loop.create_future()
+            await self._waiter
         if self._done:
             raise StopAsyncIteration
-        event = await self._events.get()
-        if event is None:
-            raise StopAsyncIteration
+        event = self._events.popleft()
         self._done = isinstance(event, Finished | Failed)
         return event
 
     async def aclose(self) -> None:
         """Stop listening; the engine drops the request at its next step."""
         self._done = True
+        self._sink = None
+        self._events.clear()
         self.cancel()
-        self._events.put_nowait(None)  # for who waits for an event: none will come
+        self._wake()  # who waits for an event: none will come
 
 
 def put_all(told: Iterable[tuple[Ticket, Event]]) -> None:

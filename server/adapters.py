@@ -173,6 +173,8 @@ def _unknown_model(adapters: Adapters | None, base: str) -> ApiError:
 
 def with_defaults(body: B, defaults: Mapping[str, object]) -> B:
     """A body with the adapter's values in the fields that the request did not give."""
+    if not defaults:
+        return body
     given = body.model_fields_set
     if "max_completion_tokens" in given:
         given = given | {"max_tokens"}

@@ -37,6 +37,7 @@ def create_app(
     """Build the application around an engine, which it neither starts nor ends."""
     settings = settings or Settings()
     metrics = Metrics(engine)
+    metrics.tell_limits(settings.max_queue)
     accounts = Accounts(settings)
     app = FastAPI(
         title="InfMoE",

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
+from server.body_route import post
 from server.gateway import Gateway
 from server.logprobs import tell_logprobs, tell_prompt_logprobs, tell_tokens
 from server.parts import Ending, Part
@@ -133,13 +134,13 @@ def add_completion_routes(app: FastAPI, gateway: Gateway) -> None:
     def read_generate(body: GenerateRequest) -> Draft:
         return read_prompted(body, body.prompts(), body.max_tokens)
 
-    @app.post("/v1/completions", response_model=None, responses=streamed(Completion))
+    @post(app, "/v1/completions", streamed(Completion))
     async def create_completion(http: HttpRequest, body: CompletionRequest) -> Response:
         """Continue prompts or fill their blanks; with `stream: true` as an event stream."""
         body.check()
         return await write(gateway, http, COMPLETIONS, body, read_completion, len(body.prompts()))
 
-    @app.post("/v1/generate", response_model=None, responses=streamed(Generation))
+    @post(app, "/v1/generate", streamed(Generation))
     async def create_generation(http: HttpRequest, body: GenerateRequest) -> Response:
         """The same with the encoder's and the decoder's part by their names (extension)."""
         body.check()

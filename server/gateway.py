@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from engine.errors import EngineError, Overloaded, RequestError
 from engine.receipt import make_receipt
-from engine.request import BeamParams, Continuations, Event, Request
+from engine.request import BeamParams, Event, Request
 from server.accounts import Bill, Caller
 from server.adapters import Adapters, Chosen, choose_adapter, with_defaults
 from server.fields import check_fields, hash_user, ignored_header, is_on
@@ -20,7 +20,7 @@ from server.jobs import Job, Wording, json_response
 from server.metrics import Meter, Metrics
 from server.parts import Head, Order
 from server.protocol import Engine, EventStream
-from server.replies import Reply, failure_of
+from server.replies import Reply, failure_of, given_tokens
 from server.schemas import Receipt, RoutedBody
 from server.schemas_generation import GenerationBody
 from server.settings import Settings
@@ -28,6 +28,7 @@ from server.streams import Merge, SseResponse, until_disconnect
 
 BUILDER_THREADS = 2
 MAX_WAITING = 64  # bodies that wait for a thread; each holds its texts
+SHORT_BODY_BYTES = 2**10  # tokenized in 3 ms at worst
 LONG_BODY_BYTES = 2**16  # tokenized in 0.2 s; 2 MB of text take ten
 
 B = TypeVar("B", bound=RoutedBody)
@@ -117,15 +118,25 @@ class Gateway:
         )
 
     async def build(
-        self, http: HttpRequest, work: Callable[[], T], prompt_field: str = "prompt"
+        self,
+        http: HttpRequest,
+        work: Callable[[], T],
+        prompt_field: str = "prompt",
+        *,
+        is_quick: bool = False,
     ) -> T:
         """Result of tokenizing and the like, which on the event loop would hold up all streams.
 
-        Raises Overloaded if too many wait for a thread. A RequestError of the engine about a prompt
-        names `prompt_field`, as the route calls it.
+        With `is_quick`, nothing but the length of a body can make it slow: of a short one it is
+        done at once, as the way to a thread and back takes longer. Raises Overloaded if too many
+        wait for a thread. A RequestError of the engine about a prompt names `prompt_field`, as the
+        route calls it.
         """
+        num_bytes = http.scope["state"].get("body_bytes", LONG_BODY_BYTES)
         try:
-            is_long = http.scope["state"].get("body_bytes", 0) > LONG_BODY_BYTES
+            if is_quick and num_bytes <= SHORT_BODY_BYTES:
+                return work()
+            is_long = num_bytes > LONG_BODY_BYTES
             return await self._in_thread(http, work, self._long if is_long else self._threads)
         except RequestError as error:
             if error.field == "prompt":
@@ -232,13 +243,12 @@ class Gateway:
         told: list[list[Event]] = [[] for _ in requests]
 
         async def wait() -> None:
-            async for item in merge.events():
-                assert item is not None
-                index, event = item
-                meter.see(index, event)
-                told[index].append(event)
-                if failed := failure_of(event):
-                    raise failed
+            async for batch in merge.batches():
+                for index, event in batch:
+                    meter.see(index, event)
+                    told[index].append(event)
+                    if failed := failure_of(event):
+                        raise failed
 
         async with merge:
             await until_disconnect(http.receive, wait())
@@ -255,10 +265,7 @@ def rank(asked: int | None, most: int | None) -> int:
 
 def prompt_tokens(request: Request) -> int:
     """Tokens that a request has read: by the encoder, and by the decoder what it is given."""
-    given = len(request.decoder_ids)
-    if isinstance(request.task, Continuations):
-        given = sum(given + len(choice) for choice in request.task.choices)
-    return request.source.num_positions + given
+    return request.source.num_positions + given_tokens(request)
 
 
 def most_tokens(request: Request) -> int:

@@ -9,9 +9,10 @@ import anyio
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from engine.request import Piece
+from engine.request import Event, Piece
 from server.accounts import Bill
 from server.errors import api_error
+from server.frames import TextFrames
 from server.metrics import Meter
 from server.parts import Ending, Part
 from server.replies import Reply, tell_timings
@@ -61,12 +62,16 @@ class Job:
         self._notes = notes
         self._receipt = receipt
         self._bill = bill or Bill()
+        self._forms = TextFrames(lambda part: wording.chunks(part, None))
 
     async def whole(self) -> BaseModel:
         """Wait for all events. Raises ApiError if the engine gave up a request."""
-        async for _ in self._parts():
-            pass
-        parts, ending = self._reply.parts(), self._ending()
+        async for batch in self._merge.batches():
+            for index, event in batch:
+                self._see(index, event)
+                self._reply.take(index, event)
+        ending = self._close()
+        parts = self._reply.parts()
         if sum(len(part.spots) for part in parts) < MANY_SPOTS:
             return self._wording.whole(parts, ending)
         return await anyio.to_thread.run_sync(self._wording.whole, parts, ending)
@@ -78,20 +83,23 @@ class Job:
 
         Events that have come meanwhile go out in one piece: each piece costs a system call.
         """
+        tell = self._tell_with_usage if is_continuous else self._tell
         held = bytearray()
         try:
-            async for part in self._parts(ping_s):
-                if part is None:
-                    held += PING
-                else:
-                    usage = self._reply.usage() if is_continuous else None
-                    for chunk in self._wording.chunks(part, usage):
-                        held += data_frame(chunk.model_dump_json())
-                if len(held) > MAX_HELD_BYTES or not self._merge.has_waiting():
+            async for batch in self._merge.batches(ping_s):
+                held += b"" if batch else PING
+                for index, event in batch:
+                    self._see(index, event)
+                    held += tell(index, event)
+                    if len(held) > MAX_HELD_BYTES:
+                        yield bytes(held)
+                        held.clear()
+                if held:
                     yield bytes(held)
                     held.clear()
+            ending = self._close()
             if has_closing:
-                held += data_frame(self._wording.closing(self._ending()).model_dump_json())
+                held += data_frame(self._wording.closing(ending).model_dump_json())
         except Exception as error:
             problem = api_error(error)
             self._notes["error"] = problem.code
@@ -103,28 +111,37 @@ class Job:
         else:
             yield bytes(held) + DONE
 
-    def _ending(self) -> Ending:
-        return Ending(
-            usage=self._reply.usage(),
-            timings=tell_timings(self._reply.ends()),
-            receipt=self._receipt() if self._receipt else None,
-        )
+    def _tell(self, index: int, event: Event) -> bytes:
+        """Frames of what an event adds to the reply."""
+        if isinstance(event, Piece) and (text := self._reply.take_text(index, event)) is not None:
+            return self._forms.frame(index, text, event.token_ids)
+        return self._tell_parts(index, event, None)
 
-    async def _parts(self, ping_s: float | None = None) -> AsyncIterator[Part | None]:
-        async for item in self._merge.events(ping_s):
-            if item is None:
-                yield None
-                continue
-            index, event = item
-            self._meter.see(index, event)
-            if isinstance(event, Piece):
-                self._bill.generated += len(event.token_ids)
-            for part in self._reply.take(index, event):
-                yield part
+    def _tell_with_usage(self, index: int, event: Event) -> bytes:
+        return self._tell_parts(index, event, self._reply.usage)
+
+    def _tell_parts(self, index: int, event: Event, usage: Callable[[], Usage] | None) -> bytes:
+        frames = bytearray()
+        for part in self._reply.take(index, event):
+            for chunk in self._wording.chunks(part, usage() if usage else None):
+                frames += data_frame(chunk.model_dump_json())
+        return bytes(frames)
+
+    def _see(self, index: int, event: Event) -> None:
+        """Count an event."""
+        self._meter.see(index, event)
+        if isinstance(event, Piece):
+            self._bill.generated += len(event.token_ids)
+
+    def _close(self) -> Ending:
+        """Settle the accounts when all events have come. Raises ApiError if an end is missing."""
         self._reply.require_ends()
-        usage = self._reply.usage()
+        usage, timings = self._reply.usage(), tell_timings(self._reply.ends())
         self._bill.generated = max(self._bill.generated, usage.completion_tokens)
-        self._notes.update(self._reply.account(), ttft_ms=self._meter.first_token_ms())
+        account = self._reply.account(usage, timings)
+        self._notes.update(account, ttft_ms=self._meter.first_token_ms())
+        receipt = self._receipt() if self._receipt else None
+        return Ending(usage=usage, timings=timings, receipt=receipt)
 
 
 def json_response(body: BaseModel, headers: Mapping[str, str]) -> Response:

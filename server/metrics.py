@@ -13,6 +13,7 @@ from engine.adapter_store import AdapterStore
 from engine.request import Event, Failed, Finished, Piece, Request
 from server.metrics_adapters import AdapterCollector, AdapterCounts
 from server.metrics_engine import ExpertCollector, LoadCollector, PlanCollector, WorkCollector
+from server.metrics_tokens import TokenCounts
 from server.protocol import Engine
 from server.versions import installed_version
 
@@ -22,6 +23,8 @@ WAIT_BUCKETS_S = (
     *(1, 2.5, 5, 10, 20, 40, 80, 160, 640, 2560),
 )
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+
+TELL_S = 1.0  # how long tokens may be missing in the counts of their adapter
 
 
 class Metrics:
@@ -42,12 +45,12 @@ class Metrics:
         text = "HTTP requests being answered"
         self.in_flight = Gauge("infmoe_in_flight", text, registry=self.registry)
         self.first_token = self._waits("time_to_first_token", "From submission to the first token")
-        self.inter_token = self._waits("inter_token", "Between tokens of one choice")
         self.queued = self._waits("queue", "From submission to the encoder")
         self.encode = self._waits("encode", "In the encoder")
         self.decode = self._waits("decode", "From the end of the encoder to the last token")
         self.tokens_in = self._counter("prompt_tokens", "Encoder tokens")
-        self.tokens_out = self._counter("generated_tokens", "Generated tokens")
+        self.tokens = TokenCounts(WAIT_BUCKETS_S)
+        self.registry.register(self.tokens)
         self.sizes_in = self._sizes("choice_prompt_tokens", "Encoder tokens of a choice")
         self.sizes_out = self._sizes("choice_generated_tokens", "Generated tokens of a choice")
         self.ends = self._counter("finished", "Choices by end", "reason")
@@ -73,6 +76,11 @@ class Metrics:
         family = Gauge("infmoe_build_info", text, names, registry=self.registry)
         values = (installed_version(), platform.python_version(), installed_version("torch"))
         family.labels(*values, engine.model_name).set(1)
+
+    def tell_limits(self, max_queue: int) -> None:
+        """Tell how many requests may wait, which `infmoe_queue_depth` is to be compared with."""
+        limit = Gauge("infmoe_queue_limit", "Requests that may wait", registry=self.registry)
+        limit.set(max_queue)
 
     def watch_adapters(self, store: AdapterStore) -> None:
         """Tell of a store of adapters; counts of those that it evicts are dropped."""
@@ -108,6 +116,8 @@ class Meter:
         self._num_tokens: dict[int, int] = {}
         self._first_s: float | None = None
         self._is_closed = False
+        self._num_untold = 0  # tokens that the counts of the adapter lack
+        self._told_s = self._start_s
         self.began_ns = time.time_ns()
         self.requests = requests
         self.ends: dict[int, Finished | Failed] = {}
@@ -138,6 +148,7 @@ class Meter:
         if self._is_closed:
             return
         self._is_closed = True
+        self._tell_adapter(self._clock())
         for index in range(len(self.requests)):
             if index not in self.ends:
                 self._metrics.ends.labels("cancelled").inc()
@@ -170,6 +181,7 @@ class Meter:
         # Pieces do not tell of tokens that ended the text or scored one.
         self._count_tokens(max(0, end.completion_tokens - self._num_tokens.get(index, 0)))
         metrics.adapters.count_prompt(self._adapter, end.prompt_tokens)
+        self._tell_adapter(self._clock())
 
     def _see_piece(self, index: int, num_tokens: int) -> None:
         now_s = self._clock()
@@ -182,12 +194,20 @@ class Meter:
             if self._first_s is None:
                 self._first_s = now_s - self._start_s
             return
-        for _ in range(num_tokens):  # tokens of one piece share its time
-            self._metrics.inter_token.observe((now_s - last_s) / num_tokens)
+        self._metrics.tokens.note_gap(now_s - last_s, num_tokens)
+        if now_s - self._told_s >= TELL_S:
+            self._tell_adapter(now_s)
 
     def _count_tokens(self, num_tokens: int) -> None:
-        self._metrics.tokens_out.inc(num_tokens)
-        self._metrics.adapters.count_generated(self._adapter, num_tokens)
+        self._metrics.tokens.num_tokens += num_tokens
+        self._num_untold += num_tokens
+
+    def _tell_adapter(self, now_s: float) -> None:
+        """Count the tokens of an adapter; not each for itself, as that takes longer."""
+        self._told_s = now_s
+        if self._num_untold:
+            self._metrics.adapters.count_generated(self._adapter, self._num_untold)
+            self._num_untold = 0
 
 
 def end_reason(end: Finished | Failed) -> str:

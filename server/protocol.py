@@ -69,7 +69,8 @@ class EngineStats(Protocol):
 class EventStream(Protocol):
     """Events of one request: pieces, then exactly one Finished or Failed; `aclose` cancels it.
 
-    Not an async generator: one that was never started runs no `finally` when it is closed.
+    Not an async generator: one that was never started runs no `finally` when it is closed. One
+    that can `listen`, as `engine.ticket.Ticket` does, calls somebody and is read without a task.
     The message of Failed is shown to the client.
     """
 

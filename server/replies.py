@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from engine.request import (
     Answer,
+    Continuations,
     Event,
     Failed,
     Finished,
@@ -60,11 +61,13 @@ class Transcript:
 
     def add(self, piece: Piece) -> tuple[str, tuple[Spot, ...]]:
         """Take in a piece; returns what it adds to the text. Blanks come in rising order."""
-        gap = self._reach(piece.blank)
+        gap = "" if piece.blank < len(self.spans) else self._reach(piece.blank)
         self.spans[piece.blank] += piece.text
         self.token_ids += piece.token_ids
         offset = self.num_shown + len(gap)  # after the breaks between blanks
         self.num_shown = offset + len(piece.text)
+        if not piece.logprobs:
+            return gap + piece.text, ()
         spots = tuple(Spot(token, offset) for token in piece.logprobs)
         self.spots += spots
         return gap + piece.text, spots
@@ -100,6 +103,16 @@ class Reply:
 
     def _echo_of(self, index: int) -> str:
         return self._order.echo[index // self._order.per_prompt] if self._order.echo else ""
+
+    def take_text(self, index: int, piece: Piece) -> str | None:
+        """Take in a piece that only adds text and ids; None, and nothing is done, if it does more.
+
+        The short way of most tokens: `take` makes a part of them.
+        """
+        transcript = self._transcripts[index]
+        if not transcript.has_begun or piece.logprobs or self._order.is_silent:
+            return None
+        return transcript.add(piece)[0]
 
     def take(self, index: int, event: Event) -> list[Part]:
         """Take in an event of request `index`; returns what it adds to the choices.
@@ -222,9 +235,8 @@ class Reply:
         if len(self.ends()) < len(self._transcripts):
             raise ApiError(500, "the engine ended in mid-request", code="engine_failure")
 
-    def account(self) -> dict[str, object]:
+    def account(self, usage: Usage, times: Timings) -> dict[str, object]:
         """What the log line tells of the reply."""
-        usage, times = self.usage(), tell_timings(self.ends())
         moved = {name: value for name, value in times if value is not None and "expert" in name}
         return {
             "choices": len(self._transcripts),
@@ -255,7 +267,7 @@ def count_usage(
 ) -> Usage:
     """Accounts of some prompts, each of which counts once."""
     encoder = sum(request.source.num_positions for request in prompts)
-    decoder = sum(len(request.decoder_ids) for request in prompts)
+    decoder = sum(map(given_tokens, prompts))
     return Usage(
         prompt_tokens=encoder + decoder,
         completion_tokens=completion_tokens,
@@ -264,6 +276,14 @@ def count_usage(
             encoder_tokens=encoder, decoder_prompt_tokens=decoder, cached_tokens=cached_tokens
         ),
     )
+
+
+def given_tokens(request: Request) -> int:
+    """Tokens that the decoder reads and has not made; what is scored is read after each context."""
+    given = len(request.decoder_ids)
+    if isinstance(request.task, Continuations):
+        return sum(given + len(choice) for choice in request.task.choices)
+    return given
 
 
 def tell_timings(ends: Sequence[Finished]) -> Timings:

@@ -176,6 +176,11 @@ class GenerationBody(RoutedBody):
     receipt: bool = Field(default=False, description="Tell all that makes the answer repeatable.")
 
     @property
+    def has_token_rules(self) -> bool:
+        """Whether it takes a look at the whole vocabulary to tell if any token may come first."""
+        return bool(self.allowed_token_ids or self.bad_words or self.stop_token_ids)
+
+    @property
     def num_samples(self) -> int:
         """Requests to the engine for each prompt."""
         return 1 if self.use_beam_search else (self.best_of or self.n)

@@ -112,6 +112,7 @@ class Settings(BaseModel):
     drain_s: Seconds = 30.0
     drain_delay_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 3.0
     stall_s: Seconds | None = None
+    threads: Count | None = None
 
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"

@@ -13,7 +13,7 @@ from server.jobs import Wording
 from server.logprobs import TokenNames
 from server.orders import Clerk, Prompt, find_constraint, new_id
 from server.parts import Head, Order
-from server.schemas_generation import GenerationBody
+from server.schemas_generation import GenerationBody, bad_field
 
 G = TypeVar("G", bound=GenerationBody)
 
@@ -32,10 +32,9 @@ class Draft:
 
     @property
     def asked_prompt_logprobs(self) -> int | None:
-        """Likeliest tokens to ask for at each place of the decoder prompt."""
-        if not self.decoder_prompt and not self.is_scoring_prompts:
-            return None
-        echoed = self.logprobs if self.has_echo else None
+        """Likeliest tokens to ask for at each place of what the decoder is given."""
+        is_read = bool(self.decoder_prompt) or self.is_scoring_prompts
+        echoed = self.logprobs if self.has_echo and is_read else None
         asked = [top for top in (self.prompt_logprobs, echoed) if top is not None]
         return max(asked, default=None)
 
@@ -52,11 +51,15 @@ class Style(Wording):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One route that writes text: the kind of its ids, how it reads a body and words a reply."""
+    """One route that writes text: the kind of its ids, how it reads a body and words a reply.
+
+    `is_quick` says that a short body is read in no time, as it is not where a template is run.
+    """
 
     kind: str
     prompt_field: str
     style: type[Style]
+    is_quick: bool = True
 
 
 async def write(
@@ -67,8 +70,9 @@ async def write(
     read: Callable[[G], Draft],
     num_prompts: int,
 ) -> Response:
-    """Answer a body; `read` is called in a thread, since templates take time."""
+    """Answer a body; `read` is called in a thread, but where that is known to be needless."""
     admission = await gateway.admit(http, body)
+    given = body.model_fields_set
     body.check_choices(num_prompts, gateway.settings.choices_limit, route.prompt_field)
     body = admission.body
     gateway.require_room(num_prompts * body.num_samples, admission)
@@ -80,12 +84,15 @@ async def write(
 
     def build() -> tuple[Draft, Order]:
         draft = read(body)
+        if "min_tokens" not in given:
+            require_length(admission, draft.max_tokens)
         params = body.sampling(draft.max_tokens, draft.logprobs, draft.asked_prompt_logprobs)
         if grammar is not None:
             params = replace(params, grammar=grammar)
         return draft, make_order(gateway, admission, draft, params, reply_id)
 
-    draft, order = await gateway.build(http, build, route.prompt_field)
+    is_quick = route.is_quick and grammar is None and not body.has_token_rules
+    draft, order = await gateway.build(http, build, route.prompt_field, is_quick=is_quick)
     style = route.style(
         head=gateway.head(reply_id, admission.chosen, body.model),
         names=TokenNames(gateway.engine.tokenizer, as_ids=body.return_tokens_as_token_ids),
@@ -93,6 +100,17 @@ async def write(
         has_token_ids=body.return_token_ids,
     )
     return await gateway.answer(http, order, admission, style)
+
+
+def require_length(admission: Admission[G], max_tokens: int) -> None:
+    """Raise ApiError (400) if the adapter presets more tokens than the request lets it make."""
+    least = admission.body.min_tokens
+    if least > max(max_tokens, 1):
+        text = (
+            f"max_tokens is {max_tokens}, and the adapter {admission.chosen.reference} presets "
+            f"min_tokens {least}; give min_tokens as well, or a higher max_tokens"
+        )
+        raise bad_field(text, "max_tokens")
 
 
 def make_order(

@@ -130,7 +130,7 @@ def read_events(engine, steps, keep_alive_s=60.0):
                 steps.pop(0)()
         return told
 
-    return asyncio.run(asyncio.wait_for(scenario(), 20))
+    return asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_startup_events_follow_loading_to_its_end():
@@ -266,6 +266,7 @@ def test_metrics_count_a_completion():
     assert samples["infmoe_generated_tokens_total",] == 6
     assert samples["infmoe_finished_total", ("reason", "stop")] == 3
     assert samples["infmoe_in_flight",] == 1  # the scrape itself
+    assert samples["infmoe_queue_limit",] == Settings().max_queue
     assert samples["infmoe_ready",] == 1
     assert samples["infmoe_queue_depth",] == samples["infmoe_running",] == 0
     assert not any("secret" in str(key) for key in samples)

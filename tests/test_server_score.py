@@ -57,7 +57,8 @@ def test_scores_of_all_continuations_after_all_contexts():
         "top_logprobs": None,
     }
     assert (second["token_ids"], second["is_greedy"]) == ([123], False)
-    assert reply["usage"] == usage_of(5, 0, decoder=2)
+    # after each context the decoder reads what it said before and a continuation, one by one
+    assert reply["usage"] == usage_of(5, 0, decoder=2 * (3 + 2))
     assert (reply["object"], reply["model"]) == ("score", "org/tiny")
     assert reply["id"].startswith("score-")
 
