@@ -6,7 +6,7 @@ fixed    batches of equal texts that are all there at once
 uneven   texts of uneven lengths that arrive unevenly: ours lets them in and out at each step,
          transformers takes static batches of whoever has arrived, in order
 
-All contenders are loaded in one process and take turns, another one first each time; the first
+Each contender has a process of its own; they take turns, another one first each time, and the first
 round warms up. Tokens are compared with ours of the same type: in fp32 they should be equal, in
 bf16 sums are rounded in another order. Tokens per second count from the arrival of the first text
 to the end of the last; decoding alone counts from the first token on. Decoding a token at batch 1
@@ -22,32 +22,30 @@ the last cache holds the weights, the share can come out above 1.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine.bench import commit, decoder_bytes, spread
-from engine.bench_engine_adapters import measure_adapters
+from engine.bench import commit, spread
+from engine.bench_engine_child import Child, Start, open_child
 from engine.bench_engine_contenders import (
     INVARIANT,
     KINDS,
     MAX_ROWS,
     Answer,
-    Contender,
     Kind,
-    OurRunner,
     Text,
     is_installed,
-    serve_static,
 )
 from engine.bench_engine_model import SIZES, make_t5
 from engine.bench_engine_report import Run, compare_tokens, make_row, ratios
 from engine.bench_offload import BUSY, cpu_name, tell
 from engine.config import ModelConfig
 from engine.machine import dram_rate
-from engine.model.transformer import Transformer
 
 STATIC_ROWS = 8
 OURS = "ours-bf16"
@@ -143,33 +141,25 @@ def measure_size(settings: Settings, size: str) -> dict[str, object]:
     """Load every contender with the model of that size and let them take turns."""
     directory, config = make_t5(settings.folder / size, SIZES[size]), SIZES[size]
     notes = find_obstacles(settings)
-    contenders = dict[str, Contender]()
-    for name, kind in KINDS.items():
-        if name not in notes:
-            tell(f"{size}: loading {name}")
-            contenders[name] = kind.open(directory, kind.dtype)
+    children = dict[str, Child]()
+    share: dict[str, object] = {}
     bandwidth = dram_rate().per_s
-    runs = []
-    for seed in range(settings.repeats + 1):
-        tell(f"{size}: round {seed} of {settings.repeats}")
-        for batch in settings.batches:
-            texts = even_texts(settings, config, batch, seed)
-            work = {name: _fixed(contender, texts) for name, contender in contenders.items()}
-            runs += take_turns(work, str(batch), seed)
-        texts = uneven_texts(settings, config, LAST_ARRIVAL_S[size], seed)
-        work = {n: _uneven(contenders[n], texts) for n in UNEVEN if n in contenders}
-        runs += take_turns(work, "uneven", seed)
+    with ExitStack() as stack:
+        for name in KINDS:
+            if name not in notes:
+                tell(f"{size}: loading {name}")
+                start = Start(name, directory, torch.get_num_threads())
+                children[name] = stack.enter_context(open_child(start))
+        runs = measure_children(settings, size, children)
+        if settings.adapters and OURS in children:
+            tell(f"{size}: {settings.adapters} adapters")
+            texts = even_texts(settings, config, settings.adapters, 0)
+            share["adapters"] = children[OURS].measure_adapters(texts, settings.repeats)
     bandwidth = max(bandwidth, dram_rate().per_s)
     measured = [run for run in runs if run.seed]
     rows = {name: make_row(name, notes.get(name), measured) for name in KINDS}
-    ours = contenders.get(OURS)
-    share: dict[str, object] = {}
-    if isinstance(ours, OurRunner):
-        share = memory_share(ours.model, measured, bandwidth)
-        if settings.adapters:
-            tell(f"{size}: {settings.adapters} adapters")
-            texts = even_texts(settings, config, settings.adapters, 0)
-            share["adapters"] = measure_adapters(ours.model, texts, settings.repeats)
+    if OURS in children and (loaded := children[OURS].loaded):
+        share |= memory_share(loaded.decoder_bytes, measured, bandwidth)
     return {
         "rows": rows,
         "tokens_equal": compare_tokens(runs),
@@ -177,6 +167,25 @@ def measure_size(settings: Settings, size: str) -> dict[str, object]:
         "memory_gb_per_s": round(bandwidth / 1e9, 2),
         **share,
     }
+
+
+def measure_children(settings: Settings, size: str, children: Mapping[str, Child]) -> list[Run]:
+    """All cases, round by round; the round of seed 0 is to be left out of what is reported."""
+    config, runs = SIZES[size], list[Run]()
+    for seed in range(settings.repeats + 1):
+        tell(f"{size}: round {seed} of {settings.repeats}")
+        for batch in settings.batches:
+            texts = even_texts(settings, config, batch, seed)
+            work = {name: partial(child.generate, texts) for name, child in children.items()}
+            runs += take_turns(work, str(batch), seed)
+        texts = uneven_texts(settings, config, LAST_ARRIVAL_S[size], seed)
+        work = {
+            name: partial(child.generate, texts, STATIC_ROWS)
+            for name, child in children.items()
+            if name in UNEVEN
+        }
+        runs += take_turns(work, "uneven", seed)
+    return runs
 
 
 def find_obstacles(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> dict[str, str]:
@@ -191,16 +200,6 @@ def find_obstacles(settings: Settings, kinds: Mapping[str, Kind] = KINDS) -> dic
     return notes | dict.fromkeys(settings.skip, "skipped")
 
 
-def _fixed(contender: Contender, texts: Sequence[Text]) -> Callable[[], list[Answer]]:
-    return lambda: contender.generate(texts)
-
-
-def _uneven(contender: Contender, texts: Sequence[Text]) -> Callable[[], list[Answer]]:
-    if isinstance(contender, OurRunner):
-        return lambda: contender.generate(texts)
-    return lambda: serve_static(contender, texts, STATIC_ROWS)
-
-
 def take_turns(work: Mapping[str, Callable[[], list[Answer]]], case: str, seed: int) -> list[Run]:
     """Let every contender do its work, another one first with each seed."""
     names = list(work)
@@ -208,9 +207,8 @@ def take_turns(work: Mapping[str, Callable[[], list[Answer]]], case: str, seed: 
     return [Run(name, case, seed, work[name]()) for name in order]
 
 
-def memory_share(model: Transformer, runs: list[Run], bandwidth: float) -> dict[str, object]:
-    """How much of the memory's speed ours reached at batch 1."""
-    weights = decoder_bytes(model)
+def memory_share(weights: int, runs: list[Run], bandwidth: float) -> dict[str, object]:
+    """How much of the memory's speed ours reached at batch 1, with so many bytes for a token."""
     speeds = [run.decode_tokens_per_s for run in runs if (run.contender, run.case) == (OURS, "1")]
     return {
         "active_decoder_bytes": weights,

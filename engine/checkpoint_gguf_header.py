@@ -12,7 +12,6 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -94,11 +93,12 @@ class GgufHeader:
 def load_gguf_package() -> ModuleType:
     """The `gguf` package. Raises CheckpointError, with what installs it, if it is missing."""
     try:
-        return import_module("gguf")
+        import gguf
     except ImportError as error:
         raise CheckpointError(
             "GGUF files need the package gguf; pip install 'infmoe[gguf]' has it"
         ) from error
+    return gguf  # type: ignore[no-any-return, unused-ignore]  # typed or not, as it is installed
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from engine.batch import ROW_ERRORS, Batch, Row, make_row
 from engine.demands import check_task, make_demand, num_rows, search_bytes
 from engine.errors import EngineError, RequestError
-from engine.failures import DeviceLost, is_device_lost, is_out_of_memory
 from engine.model.transformer import Transformer
+from engine.pressure import Pressure
 from engine.request import Event, Failed, Finished, Request
 from engine.room import Room
 from engine.scheduler import Demand, Limits, Scheduler
@@ -27,8 +27,6 @@ from engine.tokenizer import Tokenizer
 from offload.pipeline import PipelineStats
 
 logger = logging.getLogger(__name__)
-
-GOOD_TURNS = 100  # without an error, for a little more at once after memory ran out
 
 
 class Engine(Generic[J]):
@@ -48,14 +46,13 @@ class Engine(Generic[J]):
         self._model = model
         self._tokenizer = tokenizer
         self._moved = moved
-        self._room = Room(model, limits, self._note_error)
+        self.scheduler: Scheduler[J] = Scheduler(limits)
+        self._pressure = Pressure(self.scheduler)
+        self._room = Room(model, limits, self._pressure.note)
         self._jobs: dict[Member, J] = {}
         self._sweep: Sweep[J] | None = None
         self._retries: deque[J] = deque()  # alone: those that failed together, for one
-        self._good_turns = 0
-        self._lacks_memory = False
         self._step_s = 0.0  # that the last step of the batch took; 0: there was no row
-        self.scheduler: Scheduler[J] = Scheduler(limits)
         self.noted = perf_counter()
         self.work = WorkStats()
 
@@ -114,7 +111,7 @@ class Engine(Generic[J]):
         told += self._encode()
         told += self._step()
         told += self._tell(self._courses.step())
-        self._adapt_limits()
+        self._pressure.adapt()
         return told
 
     def _encode(self) -> list[tuple[J, Event]]:
@@ -229,7 +226,7 @@ class Engine(Generic[J]):
         try:
             encoded_BSD = self._find_known(jobs)
         except ROW_ERRORS as error:  # each goes alone then
-            self._note_error(error)
+            self._pressure.note(error)
             if len(jobs) > 1:
                 self._retries += jobs
                 return []
@@ -301,7 +298,7 @@ class Engine(Generic[J]):
         except StopIteration as end:
             encoded_BSD: Tensor = end.value
         except ROW_ERRORS as error:
-            self._note_error(error, sweep)
+            self._pressure.note(error, sweep)
             self._sweep = None
             if len(sweep.jobs) > 1:
                 self._retries += sweep.jobs
@@ -332,7 +329,7 @@ class Engine(Generic[J]):
         try:
             self._room.keep(request, encoded_SD)
         except ROW_ERRORS as error:
-            self._note_error(error)
+            self._pressure.note(error)
 
     def _join(
         self, members: list[tuple[J, Accounts]], encoded_BSD: Tensor, which: list[int]
@@ -345,7 +342,7 @@ class Engine(Generic[J]):
             try:
                 member = self._make_member(job.request, encoded_BSD[place])
             except ROW_ERRORS as error:
-                self._note_error(error)
+                self._pressure.note(error)
                 logger.exception("%s failed at its start", job.request.request_id)
                 told.append((job, _failed(error)))
                 continue
@@ -386,35 +383,6 @@ class Engine(Generic[J]):
             if events and isinstance(events[-1], Finished | Failed):
                 del self._jobs[member]
         return told
-
-    def _note_error(self, error: Exception, sweep: Sweep[J] | None = None) -> None:
-        """Take note of what an error, in a sweep perhaps, means for others.
-
-        Raises DeviceLost if it is the end.
-        """
-        if is_device_lost(error):
-            raise DeviceLost(f"the device has failed: {error}") from error
-        self._good_turns = -1
-        if not is_out_of_memory(error):
-            return
-        if sweep is None or len(sweep.texts) == 1:  # what else takes memory are rows
-            self._lacks_memory = True
-            return
-        self.scheduler.lower_sweep(sweep.num_tokens)
-        most = self.scheduler.max_sweep_tokens
-        logger.warning("memory ran out; at most %d tokens in a sweep from now on", most)
-
-    def _adapt_limits(self) -> None:
-        """After want of memory, half as many rows at most; a little more after many good turns."""
-        if self._lacks_memory:
-            self._lacks_memory = False
-            self.scheduler.lower_rows()
-            most = self.scheduler.max_rows
-            logger.warning("memory ran out; at most %d rows from now on", most)
-        self._good_turns += 1
-        if self._good_turns >= GOOD_TURNS:
-            self._good_turns = 0
-            self.scheduler.recover()
 
 
 def _failed(error: Exception) -> Failed:

@@ -16,7 +16,7 @@ from engine.checkpoint_tensors import Shape
 from engine.checkpoint_writer import dense_shapes
 from engine.config import ModelConfig
 from engine.errors import ConfigError
-from engine.model.packed import PACKED_BLOCK
+from engine.model.packed import PACKED_BLOCK, PACKED_TYPES
 from engine.model.quantized import CHUNK_OUTPUTS
 from offload.layout import round_up
 
@@ -95,11 +95,11 @@ class PackingBytes(NamedTuple):
 
 @lru_cache(maxsize=16)
 def packing_bytes(config: ModelConfig, dtype: torch.dtype) -> PackingBytes:
-    """Upper estimate of what packing adds; nothing but bf16 is packed (`can_pack`).
+    """Upper estimate of what packing adds; types that are not packed take none.
 
     Sides are filled up to whole blocks; a matrix is there twice until its plain copy is let go.
     """
-    if dtype != torch.bfloat16:
+    if dtype not in PACKED_TYPES:
         return PackingBytes(0, 0)
     sizes = [
         (math.prod(shape), math.prod(round_up(side, PACKED_BLOCK) for side in shape))

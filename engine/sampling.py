@@ -12,6 +12,9 @@ from torch import Tensor
 from engine.errors import EngineError
 from engine.request import SamplingParams, TokenLogprob
 
+# Tokens that typical-p looks at before it sorts all: 250,112 take 3 ms where they are enough, else
+# 26.
+NEAREST = 1024
 MIN_TEMPERATURE = 1e-6  # below it scores overflow fp32, and long before it only the best is drawn
 
 
@@ -163,11 +166,16 @@ def keep_typical(scores_V: Tensor, typical_p: float) -> Tensor:
     Source: locally typical sampling (arXiv:2202.00666).
     """
     log_probs_V = scores_V.log_softmax(-1)
-    entropy = -(log_probs_V * log_probs_V.exp()).nansum()
-    distance_V, ids_V = (-log_probs_V - entropy).abs().sort(stable=True)
-    total_V = scores_V[ids_V].softmax(-1).cumsum(-1)
-    last = min(int((total_V < typical_p).sum()), len(scores_V) - 1)
-    return scores_V.index_fill(-1, ids_V[distance_V > distance_V[last]], -torch.inf)
+    probs_V = log_probs_V.exp()
+    entropy = -(log_probs_V * probs_V).nansum()
+    distance_V = (-log_probs_V - entropy).abs()
+    distances, ids = distance_V.topk(min(NEAREST, len(scores_V)), largest=False)
+    total = probs_V[ids].cumsum(-1)
+    if total[-1] < typical_p:
+        distances, ids = distance_V.sort(stable=True)
+        total = scores_V[ids].softmax(-1).cumsum(-1)
+    last = min(int((total < typical_p).sum()), len(total) - 1)
+    return scores_V.masked_fill(distance_V > distances[last], -torch.inf)
 
 
 def tell_logprob(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprob:

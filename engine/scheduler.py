@@ -76,12 +76,13 @@ class Scheduler(Generic[T]):
     adapters nor an adapter with many requests gets more than others that wait beside it.
     Source: start-time fair queueing (Goyal et al. 1996), with tokens for bytes; who was idle earns
     nothing. With keys a (3 requests) and b (1), all alike, the order is a, b, a, a.
-    `max_rows` is that of the limits, until somebody lowers it.
+    `max_rows` and `max_sweep_tokens` are those of the limits, until memory has run out.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.max_rows = limits.max_rows
+        self.max_sweep_tokens = limits.max_sweep_tokens
         self._queues: dict[_Name, deque[tuple[Demand, T]]] = {}
         self._by_key: dict[str, float] = {}  # tokens that were served
         self._by_adapter: dict[tuple[str, str], float] = {}
@@ -96,6 +97,21 @@ class Scheduler(Generic[T]):
         within = {other[1:] for other in self._queues if other.key == name.key}
         _enter(self._by_adapter, name[1:], within)
         self._queues.setdefault(name, deque()).append((demand, item))
+
+    def lower_rows(self) -> None:
+        """Let half as many rows decode together, at least one."""
+        self.max_rows = max(self.max_rows // 2, 1)
+
+    def lower_sweep(self, num_tokens: int) -> None:
+        """Let a sweep take half of what was too much, with its padding."""
+        self.max_sweep_tokens = max(min(num_tokens, self.max_sweep_tokens) // 2, 1)
+
+    def recover(self) -> None:
+        """Let in a little more again, if it was lowered: a row, and a row's share of a sweep."""
+        most = self.limits
+        share = -(-most.max_sweep_tokens // most.max_rows)
+        self.max_rows = min(self.max_rows + 1, most.max_rows)
+        self.max_sweep_tokens = min(self.max_sweep_tokens + share, most.max_sweep_tokens)
 
     def waiting(self) -> list[tuple[Demand, T]]:
         """All that wait; other threads may ask."""
@@ -176,12 +192,12 @@ class Scheduler(Generic[T]):
 
     def _is_small(self, demands: list[Demand]) -> bool:
         longest = max(demand.source_tokens for demand in demands)
-        return longest * len(demands) <= self.limits.max_sweep_tokens
+        return longest * len(demands) <= self.max_sweep_tokens
 
     def _may_wait(self, now: float, free: int) -> bool:
         """Whether others may still come to share a sweep with those that wait."""
         tokens = sum(d.source_tokens for queue in self._queues.values() for d, _ in queue)
-        is_full = len(self) >= free or tokens >= self.limits.max_sweep_tokens
+        is_full = len(self) >= free or tokens >= self.max_sweep_tokens
         return not is_full and self.wait_s(now) > 0
 
     def _next_queue(self) -> _Name:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache import STEP, RowCache
-from engine.engine import GOOD_TURNS, Engine
+from engine.engine import Engine
 from engine.errors import CheckpointError, TokenizerError
 from engine.failures import DeviceLost
 from engine.generation import generate
+from engine.pressure import GOOD_TURNS
 from engine.request import Failed, Finished
 from engine.scheduler import Limits
 from tests.engine_jobs import (
@@ -590,6 +591,77 @@ def test_rows_that_fit_by_halves_go_on_by_halves_and_nothing_is_halved_again():
     assert engine.scheduler.max_rows == 4
     for job in jobs:
         assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
+
+
+def test_after_want_of_memory_in_a_sweep_it_takes_fewer_tokens_and_slowly_more_again():
+    sizes = []
+
+    class Hungry(Spoiling):
+        def encode_layers(self, tokens, *args):
+            sizes.append(tokens.numel())
+            if len(tokens) > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return (yield from self._model.encode_layers(tokens, *args))
+
+    limits = Limits(max_rows=8, max_sweep_tokens=100, window_s=0.0)
+    engine = Engine(Hungry(MODELS[DENSE]), TOKENIZER, limits)
+    texts = ("abcd", "efgh", "ijkl", "mnop", "qrst", "uvwx", "yzab", "cdef")
+    jobs = [Job(make_request(text, DENSE, max_tokens=2)) for text in texts]
+    events = run(engine, {0: jobs[:4], 3: jobs[4:]})
+    for job in jobs:
+        assert pieces(events[job]) == pieces(alone(MODELS[DENSE], job.request))
+    most = engine.scheduler.max_sweep_tokens
+    assert (sizes[0], most) == (max(sizes), sizes[0] // 2)
+    assert all(size <= most for size in sizes[1:])  # one by one, and then by twos
+    assert engine.scheduler.max_rows == 8
+    for _ in range(GOOD_TURNS):
+        engine.turn()
+    assert most < engine.scheduler.max_sweep_tokens < 100
+    for _ in range(GOOD_TURNS * 8):
+        engine.turn()
+    assert engine.scheduler.max_sweep_tokens == 100
+
+
+def test_after_want_of_memory_for_one_text_fewer_rows_decode():
+    class Hungry(Spoiling):
+        def encode_layers(self, *args):
+            raise MemoryError
+            yield
+
+    engine = Engine(Hungry(MODELS[DENSE]), TOKENIZER, Limits(max_rows=8, window_s=0.0))
+    job = Job(make_request("abc", DENSE))
+    assert run(engine, {0: [job]})[job] == [
+        Failed("the engine could not read the prompt: MemoryError")
+    ]
+    assert (engine.scheduler.max_rows, engine.scheduler.max_sweep_tokens) == (4, 8192)
+
+
+def test_layers_of_a_sweep_go_together_while_a_step_takes_longer():
+    model = tiny_model(replace(DENSE, num_encoder_layers=12), seed=5)
+    turns, turns_of_layers = [], []
+
+    class Counting(Spoiling):
+        def encode_layers(self, *args):
+            for _ in (inner := self._model.encode_layers(*args)):
+                turns_of_layers.append(len(turns))
+                yield
+            assert inner.gi_frame is None
+            return self._model.encode(*args)
+
+        def step(self, *args):
+            size = torch.randn(1500, 1500)
+            for _ in range(4):
+                size = size @ size  # longer than twelve such layers take
+            return self._model.step(*args)
+
+    engine = Engine(Counting(model), TOKENIZER, Limits(window_s=0.0))
+    for text, num_layers in (("abc", 12), ("xyz", 24)):
+        engine.add(Job(make_request(text, DENSE, max_tokens=60, ignore_eos=True)))
+        while len(turns_of_layers) < num_layers or engine.work.steps < 2:
+            engine.turn()
+            turns.append(True)
+    assert len(set(turns_of_layers[:12])) == 12  # nobody decodes: a turn for each
+    assert len(set(turns_of_layers[12:])) < 12
 
 
 @pytest.mark.parametrize("place", ["encoder-1", "decoder-1"])

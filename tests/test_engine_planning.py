@@ -215,7 +215,8 @@ def test_the_lines_of_a_plan_by_hand():
     made = plan(stored, fixed(stored, workload=load) + 8 * 20_480 + 999, workload=load)
     parts = made.parts()
     assert parts["process"] == PROCESS
-    assert parts["dense weights"] == dense_bytes(MOE, torch.float32).total
+    filling = packing_bytes(MOE, torch.float32).filling
+    assert parts["dense weights"] == dense_bytes(MOE, torch.float32).total + filling
     assert parts["decoder caches"] == 2 * (2 * 2 * 4 * 8 * (3 + 5) * 4 + 3 * 4 + 8)
     assert parts["expert slots"] == 8 * 20_480
     assert parts["only on disk"] == 12 * 20_480  # 4 are pinned, 4 slots go round
@@ -429,8 +430,8 @@ def test_experts_of_cpm2():
 # --- packed weights and adapters ---
 
 
-def test_packing_is_planned_for_in_bf16_alone():
-    assert packing_bytes(DENSE, torch.float32) == (0, 0)
+def test_packing_is_planned_for_in_bf16_and_fp32():
+    assert packing_bytes(DENSE, torch.float16) == (0, 0)
     config = replace(DENSE, d_model=100, vocab_size=1000)
     found = packing_bytes(config, torch.bfloat16)
     assert found.largest == 2 * 1024 * 128  # the output layer; 1000 and 100 filled up
@@ -440,6 +441,7 @@ def test_packing_is_planned_for_in_bf16_alone():
     assert tied.filling == found.filling - head
     even = replace(DENSE, d_model=64, d_ff=128, num_heads=8, vocab_size=384)
     assert packing_bytes(even, torch.bfloat16).filling == 0
+    assert packing_bytes(config, torch.float32) == (2 * found.filling, 2 * found.largest)
 
 
 def test_adapters_are_a_part_of_the_plan():

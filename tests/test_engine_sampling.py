@@ -12,7 +12,15 @@ from engine.errors import EngineError
 from engine.generation import Generation
 from engine.prompt import build_request
 from engine.request import SamplingParams
-from engine.sampling import choose_token, filter_scores, keep_top_p, penalize, tell_logprob
+from engine.sampling import (
+    NEAREST,
+    choose_token,
+    filter_scores,
+    keep_top_p,
+    keep_typical,
+    penalize,
+    tell_logprob,
+)
 from tests.tiny import DENSE, byte_tokenizer
 
 PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -181,6 +189,19 @@ def test_filters_equal_those_of_transformers(row, temperature, top_k, top_p, min
         probs = filter_scores(scores, replace(params, top_p=1.0, min_p=0.0)).softmax(-1)
         sums = probs.sort(descending=True).values.cumsum(-1)
         assert (sums - top_p).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize(("scale", "is_enough"), [(1.0, False), (6.0, True)])
+def test_typical_sampling_of_many_tokens_equals_that_of_all_sorted(scale, is_enough):
+    scores_V = scale * torch.randn(4 * NEAREST, generator=torch.Generator().manual_seed(1))
+    probs_V = scores_V.double().softmax(-1)
+    entropy = -(probs_V * probs_V.log()).sum()
+    distance_V, ids_V = (-probs_V.log() - entropy).abs().sort()
+    num_kept = int((probs_V[ids_V].cumsum(-1) < 0.9).sum()) + 1
+    assert (num_kept <= NEAREST) == is_enough
+    kept_V = keep_typical(scores_V, 0.9)
+    assert set(kept_V.isfinite().nonzero().flatten().tolist()) == set(ids_V[:num_kept].tolist())
+    assert torch.equal(kept_V[ids_V[:num_kept]], scores_V[ids_V[:num_kept]])
 
 
 @pytest.mark.parametrize("typical_p", [0.2, 0.5, 0.9, 0.99])

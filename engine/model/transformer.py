@@ -44,7 +44,9 @@ class Transformer(nn.Module):
         self.config = config
         # not nn.Embedding(V, D): to draw numbers for it, on `meta` too, loads all of torch.compile
         table_VD = torch.empty(config.vocab_size, config.d_model)
-        self.embedding = nn.Embedding.from_pretrained(table_VD, freeze=False)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            table_VD, freeze=False
+        )
         if config.positions in ("learned", "sinusoidal"):
             self.positions = PositionTable(config)
         if not config.is_decoder_only:
