@@ -36,9 +36,15 @@ COMMANDS = {
     "bench-engine": Command(
         "engine.cli_bench", "bench_engine", "Compare our engine with transformers and CTranslate2."
     ),
+    "bench-peers": Command(
+        "engine.cli_bench", "bench_peers", "Compare with transformers, llama.cpp and vLLM."
+    ),
     "bench-gpu": Command("engine.cli_bench", "bench_gpu", "Measure a GPU with random weights."),
     "bench-inheritance": Command(
         "training.cli_inheritance", "bench_inheritance", "Prove what growing a model saves."
+    ),
+    "bench-tuning": Command(
+        "training.cli_bench_tuning", "bench_tuning", "Compare prompts with full fine-tuning."
     ),
     "bench-server": Command(
         "server.cli_bench", "bench_server", "Measure what the gateway costs, and a load."
@@ -51,7 +57,11 @@ COMMANDS = {
     "grow": Command("training.cli_growth", "grow", "Grow a model without losing what it learnt."),
     "adapter": Command("training.cli_adapters", "app", "List, check, import and export prompts."),
     "tune": Command("training.cli_tune", "tune", "Train a soft prompt for a task."),
+    "tune-pairs": Command(
+        "training.cli_tune", "tune_pairs", "Make pairs of sentences to pre-train a prompt by."
+    ),
     "eval-task": Command("training.cli_tune", "eval_task", "Score a model on labelled rows."),
+    "task-data": Command("training.cli", "task_data", "Fetch the rows of the demo adapters."),
     "corpus": Command("training.cli", "corpus", "Fetch free text and build a vocabulary."),
 }
 

@@ -21,6 +21,7 @@ from training.adapter_tools import (
     find_mark,
     import_adapter,
     list_adapters,
+    note_score,
     show_adapter,
 )
 from training.tune_files import AdapterFacts, write_adapter
@@ -93,6 +94,21 @@ def test_folders_are_listed_with_those_that_are_damaged(tmp_path):
         list(list_adapters(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="holds no adapter"):
         show_adapter(tmp_path)
+
+
+def test_a_score_is_noted_and_all_else_stays(tmp_path, model):
+    path = write(tmp_path / "a")
+    (path / "README.md").write_text("a card", encoding="utf-8")
+    note_score(path, model, {"metric": "accuracy", "value": 0.75, "rows": 8})
+    found = check_adapter(path, model)
+    assert torch.equal(found.prompt_PD, vectors())
+    assert found.about["score"] == {"metric": "accuracy", "value": 0.75, "rows": 8}
+    assert (found.about["task"], found.version, found.defaults) == ("pair", "2", {"max_tokens": 7})
+    assert found.slots == Slots(front=1, middle=1, back=1, middle_mark=62)
+    assert (path / "README.md").read_text(encoding="utf-8") == "a card"
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not what manifest.json lists"):
+        note_score(path, model, {})
 
 
 def test_another_base_is_refused_unless_it_is_allowed(tmp_path, model):

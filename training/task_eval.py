@@ -1,10 +1,12 @@
 """How well a model, with or without a prompt, does a task."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from training.metrics_text import (
     Interval,
@@ -17,16 +19,19 @@ from training.metrics_text import (
     reciprocal_rank,
     rouge_l,
 )
-from training.task_examples import Example
+from training.task_examples import Example, Ids
 from training.tasks import Task
-from training.tune_model import Scorer, batches
+from training.tune_model import batches
 
 OnRows = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """The score of a task, the share of each label, and the answer to each row."""
+    """The score of a task, the share of each label, and the answer to each row.
+
+    Rows and columns of `confusion` are in the order of `labels`.
+    """
 
     task: str
     metric: str
@@ -34,6 +39,7 @@ class TaskReport:
     rows: int
     labels: tuple[LabelScore, ...]
     answers: tuple[str, ...]
+    confusion: tuple[tuple[int, ...], ...] = ()  # of a choice: rows by label and by answer
 
     def summary(self) -> list[str]:
         """Lines for people."""
@@ -65,39 +71,75 @@ class TaskReport:
         }
 
 
+class Asked(Protocol):
+    """What is asked: a `Scorer`, or a server."""
+
+    def label_scores(self, examples: Sequence[Example], task: Task) -> Sequence[Tensor]: ...
+
+    def write(self, sources: Sequence[Ids], max_tokens: int) -> Sequence[str]: ...
+
+
+class Replies(NamedTuple):
+    """What a model said to each row: a text, or a score for each label or each ranked text."""
+
+    texts: list[str]
+    scores: list[list[float]]
+
+
 @torch.no_grad()
-def evaluate_task(
-    scorer: Scorer,
+def ask(
+    scorer: Asked,
     examples: Sequence[Example],
     task: Task,
     rows: int = 16,
     on_rows: OnRows = lambda _done, _all: None,
-) -> TaskReport:
-    """Ask all examples, so many texts at once, and score the answers."""
-    answers = [""] * len(examples)
-    scores: list[list[float]] = [[] for _ in examples]
+) -> Replies:
+    """Ask all examples, so many texts at once."""
+    replies = Replies([""] * len(examples), [[] for _ in examples])
     done = 0
     for numbers in batches(examples, rows):
         group = [examples[number] for number in numbers]
         if task.kind == "generate":
             texts = scorer.write([example.sources[0] for example in group], task.max_tokens)
             for number, text in zip(numbers, texts, strict=True):
-                answers[number] = text.strip()
+                replies.texts[number] = text.strip()
         else:
             for number, score_L in zip(numbers, scorer.label_scores(group, task), strict=True):
-                scores[number] = score_L.tolist()
+                replies.scores[number] = score_L.tolist()
         done += len(group)
         on_rows(done, len(examples))
-    if task.kind == "choice":
-        best = [max(range(len(found)), key=found.__getitem__) for found in scores]
-        answers = [example.labels[i] for example, i in zip(examples, best, strict=True)]
-    if task.kind == "rank":
-        answers = [str(max(range(len(found)), key=found.__getitem__)) for found in scores]
+    return replies
+
+
+def judge(task: Task, examples: Sequence[Example], replies: Replies) -> TaskReport:
+    """Score what was said."""
+    answers, scores = replies.texts, replies.scores
     table: tuple[LabelScore, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if task.kind != "generate":
+        best = [max(range(len(found)), key=found.__getitem__) for found in scores]
+        answers = [str(i) for i in best]
     if task.kind == "choice":
-        table = tuple(label_table(answers, [e.labels[e.answer] for e in examples]))
+        answers = [example.labels[i] for example, i in zip(examples, best, strict=True)]
+        right = [example.labels[example.answer] for example in examples]
+        table = tuple(label_table(answers, right))
+        counts = Counter(zip(right, answers, strict=True))
+        confusion = tuple(tuple(counts[a.label, b.label] for b in table) for a in table)
     score = _score(task, examples, answers, scores)
-    return TaskReport(task.name, task.metric, score, len(examples), table, tuple(answers))
+    return TaskReport(
+        task.name, task.metric, score, len(examples), table, tuple(answers), confusion
+    )
+
+
+def evaluate_task(
+    scorer: Asked,
+    examples: Sequence[Example],
+    task: Task,
+    rows: int = 16,
+    on_rows: OnRows = lambda _done, _all: None,
+) -> TaskReport:
+    """Ask all examples, so many texts at once, and score the answers."""
+    return judge(task, examples, ask(scorer, examples, task, rows, on_rows))
 
 
 def _score(

@@ -6,16 +6,17 @@ All is checked before a model is loaded: a row that cannot be used is an error t
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.adapters import Slots
-from engine.config import LENGTH_FACTOR, ModelConfig
+from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer
 from training.task_rows import Row, read_rows
 from training.tasks import FIELD, MIDDLE, ListFormat, Task
 
 Ids = tuple[int, ...]
+MOST_CHARS = 24  # of a token, in any vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,33 @@ def read_examples(
 
     Raises ValueError, naming file and line, for a row that cannot be used.
     """
-    maker = _Maker(task, tokenizer, config, num_vectors)
+    limit = config.max_prompt_tokens - num_vectors
+    return read_with(_Tokens(tokenizer, config), limit, path, task)
+
+
+class Reader(Protocol):
+    """Ids of texts, as the encoder and the decoder are to have them."""
+
+    def close(self, text: str) -> list[int]:
+        """Those of what the encoder reads, with what closes it."""
+        ...
+
+    def spell(self, text: str) -> list[int]:
+        """Those of a part of a text. Raises ValueError if there are none for some of it."""
+        ...
+
+    @property
+    def closing(self) -> Ids:
+        """What ends an answer; nothing where nobody is trained."""
+        ...
+
+
+def read_with(reader: Reader, limit: int, path: Path, task: Task) -> list[Example]:
+    """Read a file of rows by means of a reader, texts within a limit of tokens.
+
+    Raises ValueError, naming file and line, for a row that cannot be used.
+    """
+    maker = _Maker(task, reader, limit)
     examples = []
     for row in read_rows(path, task.columns()):
         try:
@@ -133,18 +160,35 @@ def closing_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
     return config.eos_token_ids[0]
 
 
+class _Tokens:
+    """Reads with the tokenizer of a model."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+
+    @property
+    def closing(self) -> Ids:
+        return (closing_id(self._tokenizer, self._config),)
+
+    def close(self, text: str) -> list[int]:
+        return encoder_ids(text, self._tokenizer, self._config)
+
+    def spell(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text)
+        if not ids or set(ids) & self._tokenizer.control_ids:
+            raise ValueError(f"the tokenizer cannot spell {text[:40]!r}")
+        return ids
+
+
 class _Maker:
     """Makes examples of the rows of one task."""
 
-    def __init__(
-        self, task: Task, tokenizer: Tokenizer, config: ModelConfig, num_vectors: int
-    ) -> None:
+    def __init__(self, task: Task, reader: Reader, limit: int) -> None:
         self.task = task
-        self.tokenizer = tokenizer
-        self.config = config
-        most = config.max_positions * LENGTH_FACTOR
-        self.limit = min(task.max_input_tokens, most - num_vectors)
-        self.mark = tokenizer.encode(task.mark)[-1:] if task.mark else []
+        self.reader = reader
+        self.limit = min(task.max_input_tokens, limit)
+        self.mark = reader.spell(task.mark)[-1:] if task.mark else []
         self.words: dict[str, Ids] = {}
         for label, words in task.labels.items():  # before any row: no row is to blame
             for word in words:
@@ -161,20 +205,18 @@ class _Maker:
         if task.kind == "choice":
             return self._make_choice(row, source)
         reference = self._answer_text(row.values)[task.answer.skip :].strip()
-        target = (*self.spell(reference), closing_id(self.tokenizer, self.config))
-        if len(target) > task.max_tokens:
+        ids = self.spell(reference)
+        if len(ids) >= task.max_tokens:  # one more ends it
             raise ValueError(
-                f"the answer has {len(target)} tokens; max_tokens is {task.max_tokens}"
+                f"the answer has {len(ids) + 1} tokens; max_tokens is {task.max_tokens}"
             )
+        target = (*ids, *self.reader.closing)
         return Example(row.line, (source,), target=target, reference=reference)
 
     def spell(self, word: str) -> Ids:
         """Ids of a word. Raises ValueError if the tokenizer has none for a part of it."""
         if word not in self.words:
-            ids = tuple(self.tokenizer.encode(word))
-            if not ids or set(ids) & self.tokenizer.control_ids:
-                raise ValueError(f"the tokenizer cannot spell {word[:40]!r}")
-            self.words[word] = ids
+            self.words[word] = tuple(self.reader.spell(word))
         return self.words[word]
 
     def _make_choice(self, row: Row, source: Ids) -> Example:
@@ -220,7 +262,8 @@ class _Maker:
         ids = self._encode(values)
         column = self.task.cut
         if len(ids) > self.limit and column is not None:
-            low, high = 0, len(str(values[column]))  # the longest beginning that fits
+            longest = self.limit * MOST_CHARS
+            low, high = 0, min(len(str(values[column])), longest)  # the longest beginning that fits
             while low < high:
                 middle = (low + high + 1) // 2
                 shorter = dict(values) | {column: str(values[column])[:middle]}
@@ -237,4 +280,4 @@ class _Maker:
         return tuple(ids)
 
     def _encode(self, values: Mapping[str, Any]) -> list[int]:
-        return encoder_ids(fill_template(self.task, values), self.tokenizer, self.config)
+        return self.reader.close(fill_template(self.task, values))

@@ -16,15 +16,20 @@ from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer
 from training.task_examples import Example, Ids, decoder_start
 from training.tasks import Task
+from training.tune_masks import Mask, encode_masked
 
 
 class SoftPrompt(nn.Module):
-    """Trained vectors and where they go; in fp32, whatever the model is in."""
+    """Trained vectors and where they go; in fp32, whatever the model is in.
 
-    def __init__(self, prompt_PD: Tensor, slots: Slots) -> None:
+    With another `mask` than full it is for an ablation, and no server reads it so.
+    """
+
+    def __init__(self, prompt_PD: Tensor, slots: Slots, mask: Mask = "full") -> None:
         super().__init__()
         self.prompt_PD = nn.Parameter(prompt_PD.detach().float().clone())
         self.slots = slots
+        self.mask = mask
 
 
 class Encoded(NamedTuple):
@@ -57,29 +62,41 @@ class Scorer:
         length = tokens_BS.shape[1]
         flat = [row * length + place for row, found in enumerate(places) for place in found]
         vectors = self.prompt.prompt_PD.to(x_BSD.dtype).to(device).repeat(len(rows), 1)
-        x_ND = x_BSD.flatten(0, 1).index_copy(0, torch.tensor(flat, device=device), vectors)
-        x_BSD = x_ND.view_as(x_BSD)
+        flat_N = torch.tensor(flat, device=device)
+        x_BSD = x_BSD.flatten(0, 1).index_copy(0, flat_N, vectors).view_as(x_BSD)
+        if self.prompt.mask != "full":
+            vectors_BS = torch.zeros_like(segments_BS, dtype=torch.bool)
+            vectors_BS.view(-1)[flat_N] = True
+            states_BSD = encode_masked(self.model, x_BSD, segments_BS, vectors_BS, self.prompt.mask)
+            return Encoded(states_BSD, segments_BS)
         return Encoded(self.model.encode(tokens_BS, segments_BS, x_BSD), segments_BS)
 
     def target_logprobs(
         self, encoded: Encoded, which: Sequence[int], targets: Sequence[Ids]
     ) -> list[Tensor]:
-        """Log-probabilities of the tokens of each target, read after text `which[i]`."""
+        """Log-probabilities of the tokens of each target, read after text `which[i]`.
+
+        What the decoder reads twice after one text, as for all words of one token, it reads once.
+        """
         device, pad = encoded.states_BSD.device, self.model.config.pad_token_id
-        which_B = torch.tensor(which, device=device)
-        tokens_BT, segments_BT = _padded([(*self.start, *ids[:-1]) for ids in targets], pad, device)
+        read = [(one, ids[:-1]) for one, ids in zip(which, targets, strict=True)]
+        rows = {pair: row for row, pair in enumerate(dict.fromkeys(read))}
+        which_B = torch.tensor([one for one, _ in rows], device=device)
+        tokens_BT, segments_BT = _padded([(*self.start, *ids) for _, ids in rows], pad, device)
         hidden_BTD = self.model.decode(
             tokens_BT, segments_BT, encoded.states_BSD[which_B], encoded.segments_BS[which_B]
         )
         begin = len(self.start) - 1
         parts = [
-            row_TD[begin : begin + len(ids)]
-            for row_TD, ids in zip(hidden_BTD, targets, strict=True)
+            row_TD[begin : begin + len(ids) + 1]
+            for row_TD, (_, ids) in zip(hidden_BTD, rows, strict=True)
         ]
-        labels_N = torch.tensor([i for ids in targets for i in ids], device=device)
         logs_NV = self.model.logits(torch.cat(parts)).float().log_softmax(-1)
-        found_N = logs_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1)
-        return list(torch.split(found_N, [len(ids) for ids in targets]))
+        logs = torch.split(logs_NV, [len(part) for part in parts])
+        return [
+            logs[rows[pair]].gather(1, torch.tensor(ids, device=device).unsqueeze(1)).squeeze(1)
+            for pair, ids in zip(read, targets, strict=True)
+        ]
 
     def label_scores(self, examples: Sequence[Example], task: Task) -> list[Tensor]:
         """Scores (L,) of the labels of choices, or of the texts of rankings.
@@ -100,9 +117,7 @@ class Scorer:
                     which += [source] * len(words)
                 source += 1
         found = self.target_logprobs(encoded, which, targets)
-        is_mean = task.by == "mean"
-        words_N = torch.stack([one.mean() if is_mean else one.sum() for one in found])
-        labels = torch.stack([part.logsumexp(0) for part in torch.split(words_N, sizes)])
+        labels = join_words(found, sizes, task)
         return list(torch.split(labels, [len(e.sources) * len(e.words) for e in examples]))
 
     def loss(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, int]:
@@ -164,6 +179,13 @@ class Scorer:
         if config.continuation_sentinel is not None:
             ends |= {tokenizer.sentinel_id(i) for i in range(tokenizer.num_sentinels)}
         return ends, never
+
+
+def join_words(found: Sequence[Tensor], sizes: Sequence[int], task: Task) -> Tensor:
+    """Scores of labels, of the log-probabilities of their words' tokens; so many words of each."""
+    is_mean = task.by == "mean"
+    words_N = torch.stack([one.mean() if is_mean else one.sum() for one in found])
+    return torch.stack([part.logsumexp(0) for part in torch.split(words_N, list(sizes))])
 
 
 def lay_out(ids: Sequence[int], slots: Slots, pad: int) -> tuple[list[int], list[int]]:
