@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from engine.adapters import OURS, PEFT_CONFIG, TENSORS, VECTORS, model_fingerprint
@@ -37,7 +37,8 @@ def save_prompt(folder: Path, model: Transformer, prompt_PD: Tensor) -> None:
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (staging / name).write_text(text, encoding="utf-8")
     vectors = prompt_PD.detach().to(torch.float32).contiguous()
-    save_file({VECTORS: vectors}, staging / TENSORS, metadata={"format": "pt"})
+    # not save_file, whose files only their owner may read
+    (staging / TENSORS).write_bytes(save({VECTORS: vectors}, metadata={"format": "pt"}))
     write_manifest(staging)
     sync(*staging.iterdir(), staging)
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from engine.adapters import OURS, PEFT_CONFIG, TENSORS, VECTORS, Slots
@@ -59,7 +59,8 @@ def write_adapter(
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (staging / name).write_text(text, encoding="utf-8")
     vectors = prompt_PD.detach().to("cpu", torch.float32).contiguous()
-    save_file({VECTORS: vectors}, staging / TENSORS, metadata={"format": "pt"})
+    # not save_file, whose files only their owner may read
+    (staging / TENSORS).write_bytes(save({VECTORS: vectors}, metadata={"format": "pt"}))
     write_manifest(staging)
     sync(*staging.iterdir(), staging)
     shutil.rmtree(folder, ignore_errors=True)
