@@ -5,6 +5,7 @@ Source: Lester et al. (arXiv:2104.08691); CPM-2 (arXiv:2106.10715) s4.
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -167,10 +168,9 @@ def tune(
         for step in range(start, settings.steps):
             if _is_over(course, settings):
                 break
-            row = {
-                "step": step + 1,
-                "loss": _take_step(scorer, data, task, settings, optimizer, step),
-            }
+            began = time.process_time()  # other processes on the machine do not count
+            loss = _take_step(scorer, data, task, settings, optimizer, step)
+            row = {"step": step + 1, "loss": loss, "cpu_s": time.process_time() - began}
             is_last = step + 1 == settings.steps
             if is_last or (step + 1) % settings.eval_every == 0:
                 row |= _evaluate(scorer, data, task, settings, course, tuned, step + 1)

@@ -16,9 +16,11 @@ from engine.checkpoint_any import load_any
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.experts import load_offloaded
-from engine.model.transformer import Transformer, num_parameters
+from engine.model.initial import num_parameters
+from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer, open_tokenizer
 from training.growth_files import check_free, read_model_config
+from training.process_memory import peak_memory
 from training.recipe import build_table, read_tables
 from training.task_eval import TaskReport, evaluate_task
 from training.task_examples import make_slots, read_examples
@@ -52,13 +54,14 @@ class TunePlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to."""
+    """What a run came to. `peak_bytes` is what the process, or its device, held at most."""
 
     report: TaskReport | None
     num_trained: int
     num_parameters: int
     adapter: Path | None
     model: Path | None
+    peak_bytes: int = 0
 
 
 RECIPE_KEYS = ("model", "data", "out", "task", "dev", "run", "version")
@@ -124,7 +127,8 @@ def run_tune(plan: TunePlan, on_step: OnStep = lambda _: None) -> Outcome:
         fingerprint = model_fingerprint(model)  # before the weights change
         key = _key(plan, fingerprint)
         report = tune(scorer, TuneData(train, dev), task, settings, plan.run_folder, key, on_step)
-        return _write(plan, scorer, report)
+        peak_bytes = peak_memory(model.embedding.weight.device)
+        return replace(_write(plan, scorer, report), peak_bytes=peak_bytes)
 
 
 def evaluate_model(
