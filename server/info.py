@@ -6,7 +6,6 @@ from dataclasses import asdict
 from fastapi import FastAPI
 
 from engine.adapter_store import AdapterStore
-from engine.config import LENGTH_FACTOR
 from server.health import require_ready
 from server.protocol import Engine, ExpertStats
 from server.responses import ERRORS
@@ -50,7 +49,7 @@ def describe(
 
 def tell_limits(engine: Engine, settings: Settings) -> dict[str, object]:
     """What a request may ask for before it is refused."""
-    longest = engine.config.max_positions * LENGTH_FACTOR
+    longest = engine.config.max_prompt_tokens
     return {
         "max_prompt_tokens": longest,
         "max_tokens": longest,
