@@ -25,7 +25,14 @@ FLOAT_BYTES = 4  # norms, scores and probabilities are computed in fp32
 INDEX_BYTES = 8
 LENGTH_BYTES = 8  # of lengths_B
 SWEEP_TOKENS = 8192  # that are read at once, with padding; a longer prompt alone
-NEVER_PACKED = ("embedding.weight", "relative_bias.weight", "centroids")  # matrices of no product
+NEVER_PACKED = (  # matrices of no product, and routers
+    "embedding.weight",
+    "relative_bias.weight",
+    "centroids",
+    "positions.weight",
+    "router.weight",
+    "shared_gate.weight",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
