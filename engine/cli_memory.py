@@ -144,16 +144,16 @@ def _prediction_lines(
         rates = prediction.step.tokens_per_s
         name = f"batch {prediction.rows}"
         if rates is None:
-            yield f"{name:<14}{_missing(prediction.step)}"
+            yield f"{name:<13} {_missing(prediction.step)}"
         else:
-            yield f"{name:<14}{_span(*rates)} tokens/s, {_detail(prediction.step)}"
+            yield f"{name:<13} {_span(*rates)} tokens/s, {_detail(prediction.step)}"
     for prediction in predictions:
         sweep = prediction.sweep
         name = f"sweep of {sweep.tokens}"
         if sweep.serial_s is None or sweep.overlapped_s is None:
-            yield f"{name:<14}{_missing(sweep)}"
+            yield f"{name:<13} {_missing(sweep)}"
         else:
-            yield f"{name:<14}{_span(sweep.overlapped_s, sweep.serial_s)} s, {_detail(sweep)}"
+            yield f"{name:<13} {_span(sweep.overlapped_s, sweep.serial_s)} s, {_detail(sweep)}"
 
 
 def _missing(found: "Pass") -> str:
