@@ -7,6 +7,8 @@ from time import perf_counter
 
 from engine.request import Event, Failed, Finished, Request
 
+ENDS = (Finished, Failed)
+
 
 class Ticket:
     """What `Worker.submit` returns: an async iterator of events; closing it cancels the request.
@@ -46,8 +48,11 @@ class Ticket:
         return self._loop
 
     def take(self, event: Event) -> None:
-        """Take an event, on the loop."""
+        """Take an event, on the loop; after the end nothing more is told."""
+        if self._done:
+            return
         if self._sink is not None:
+            self._done = isinstance(event, ENDS)
             self._sink(event)
             return
         self._events.append(event)
@@ -57,7 +62,7 @@ class Ticket:
         """Give all events to a function, on the loop, instead of to who iterates."""
         self._sink = sink
         while self._events:
-            sink(self._events.popleft())
+            self.take(self._events.popleft())
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -73,7 +78,7 @@ class Ticket:
         if self._done:
             raise StopAsyncIteration
         event = self._events.popleft()
-        self._done = isinstance(event, Finished | Failed)
+        self._done = isinstance(event, ENDS)
         return event
 
     async def aclose(self) -> None:

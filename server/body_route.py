@@ -50,7 +50,8 @@ def read_body(kind: type[B], body: bytes) -> B:
     if value is None:
         raise RequestValidationError([MISSING])
     try:
-        return kind.model_validate(value)
+        # as FastAPI has it: else failures name our classes
+        return kind.model_validate(value, from_attributes=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         placed = [{**one, "loc": ("body", *one["loc"])} for one in found]

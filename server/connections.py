@@ -30,18 +30,24 @@ class ChunkSender:
         self._is_chunked = False
 
     async def __call__(self, message: Message) -> None:
-        if not self._is_chunked or not message.get("more_body", False):
+        is_piece = message["type"] == "http.response.body" and message.get("more_body", False)
+        if not self._is_chunked or not is_piece:
             await self._send(message)
-            if message["type"] == "http.response.start":
-                names = {name.lower() for name, _ in message.get("headers", ())}
-                has_body = message["status"] == 200 and b"content-length" not in names
-                self._is_chunked = self._may_chunk and has_body  # as h11 has it
+            # After the end as well, what comes is for the parser to refuse: the connection may be
+            # another reply's by then.
+            self._is_chunked = self._begins_chunks(message)
             return
         cycle, body = self._cycle, message.get("body", b"")
         if cycle.flow.write_paused and not cycle.disconnected:
             await cycle.flow.drain()
         if body and not cycle.disconnected:
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+
+    def _begins_chunks(self, message: Message) -> bool:
+        if not self._may_chunk or message["type"] != "http.response.start":
+            return False
+        names = {name.lower() for name, _ in message.get("headers", ())}
+        return message["status"] == 200 and b"content-length" not in names  # as h11 has it
 
 
 class PatientProtocol(H11Protocol):
@@ -123,6 +129,7 @@ class PatientProtocol(H11Protocol):
         self._stop_head()
         self._stop_write()
         super().connection_lost(exc)
+        self.app = self._served  # else it would hold itself, until garbage is looked for
 
     def _await_head(self) -> None:
         if self._head_timer is None:

@@ -239,13 +239,12 @@ class Gateway:
         """
         admission.reserve(requests)
         merge = await self.submit(requests)
-        meter = Meter(self.metrics, requests, http.scope["state"])
+        merge.count_by(Meter(self.metrics, requests, http.scope["state"]).see)
         told: list[list[Event]] = [[] for _ in requests]
 
         async def wait() -> None:
             async for batch in merge.batches():
                 for index, event in batch:
-                    meter.see(index, event)
                     told[index].append(event)
                     if failed := failure_of(event):
                         raise failed
@@ -265,7 +264,7 @@ def rank(asked: int | None, most: int | None) -> int:
 
 def prompt_tokens(request: Request) -> int:
     """Tokens that a request has read: by the encoder, and by the decoder what it is given."""
-    return request.source.num_positions + given_tokens(request)
+    return request.num_prompt_positions + given_tokens(request)
 
 
 def most_tokens(request: Request) -> int:

@@ -63,12 +63,12 @@ class Job:
         self._receipt = receipt
         self._bill = bill or Bill()
         self._forms = TextFrames(lambda part: wording.chunks(part, None))
+        merge.count_by(self._see)
 
     async def whole(self) -> BaseModel:
         """Wait for all events. Raises ApiError if the engine gave up a request."""
         async for batch in self._merge.batches():
             for index, event in batch:
-                self._see(index, event)
                 self._reply.take(index, event)
         ending = self._close()
         parts = self._reply.parts()
@@ -89,7 +89,6 @@ class Job:
             async for batch in self._merge.batches(ping_s):
                 held += b"" if batch else PING
                 for index, event in batch:
-                    self._see(index, event)
                     held += tell(index, event)
                     if len(held) > MAX_HELD_BYTES:
                         yield bytes(held)

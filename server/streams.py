@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -12,7 +12,8 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from engine.request import Event, Failed, Finished
+from engine.request import Event
+from engine.ticket import ENDS
 from server.protocol import EventStream
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Merge:
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._count: Callable[[int, Event], None] | None = None
+
+    def count_by(self, count: Callable[[int, Event], None]) -> None:
+        """Have each event counted, also those that nobody gets to read as the client is gone."""
+        self._count = count
 
     async def __aenter__(self) -> Self:
         for index, stream in enumerate(self._streams):
@@ -66,10 +72,11 @@ class Merge:
             await cancel_all(self._pumps)
         for stream in self._streams:
             await stream.aclose()
+        self._hand_out()
 
     def _take(self, index: int, event: Event) -> None:
         self._arrived.append((index, event))
-        if isinstance(event, Finished | Failed):
+        if isinstance(event, ENDS):
             self._num_open -= 1
         self._wake()
 
@@ -92,6 +99,13 @@ class Merge:
         self._timer = None
         self._wake()
 
+    def _hand_out(self) -> list[tuple[int, Event]]:
+        batch, self._arrived = self._arrived, []
+        if self._count is not None:
+            for index, event in batch:
+                self._count(index, event)
+        return batch
+
     async def batches(self, ping_s: float | None = None) -> AsyncIterator[list[tuple[int, Event]]]:
         """All events as they come; an empty batch whenever `ping_s` pass without one.
 
@@ -101,8 +115,7 @@ class Merge:
         due_s = loop.time() + ping_s if ping_s is not None else math.inf
         while True:
             if self._arrived:
-                batch, self._arrived = self._arrived, []
-                yield batch
+                yield self._hand_out()
                 if ping_s is not None:
                     due_s = loop.time() + ping_s
             elif self._error is not None:
@@ -111,7 +124,7 @@ class Merge:
                 return
             elif loop.time() >= due_s:
                 yield []
-                due_s += ping_s or 0.0
+                due_s = loop.time() + (ping_s or 0.0)  # not those that a slow reader missed
             else:
                 if self._timer is None and ping_s is not None:  # one for many events
                     self._timer = loop.call_at(due_s, self._ring)
@@ -137,6 +150,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.current_task()
     assert task is not None
     is_gone, is_over = False, False
+    num_cancelling = task.cancelling()
 
     async def wait_gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -155,7 +169,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         return await work  # in no task of its own: each costs 50 us
     except asyncio.CancelledError:
-        if is_gone and task.cancelling() == 1:  # by nobody else
+        if is_gone and task.cancelling() == num_cancelling + 1:  # by nobody else
             raise ClientDisconnect from None
         raise
     finally:

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import re
 import socket
 import threading
 import time
+import weakref
 
 import pytest
 import uvicorn
@@ -13,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.connections import PatientProtocol
 from server.lifecycle import open_socket
+from tests.waiting import wait_for
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -135,6 +139,30 @@ def test_a_reader_that_reads_nothing_is_gone():
         assert app.gone.wait(60)
 
 
+def test_what_waits_for_a_reader_is_bounded():
+    transports, sizes = [], []
+
+    class Noted(HastyReaders):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            transports.append(transport)
+
+    class Measured(Flood):
+        async def __call__(self, scope, receive, send):
+            async def measured(message):
+                await send(message)
+                sizes.append(transports[0].get_write_buffer_size())
+
+            await super().__call__(scope, receive, measured)
+
+    app = Measured(is_endless=True)
+    with serving(app, Noted) as address, connection(address) as client:
+        client.sendall(REQUEST)
+        assert app.gone.wait(60)
+    limit = 65_536  # from which on a transport asks for patience
+    assert limit < max(sizes) < limit + 65_536 + 100  # and one piece
+
+
 def test_a_reader_that_reads_slowly_is_not():
     app = Flood(is_endless=True)
     with serving(app, HastyReaders) as address, connection(address) as client:
@@ -179,3 +207,70 @@ def test_streams_are_sent_byte_by_byte_as_the_parser_would(start, has_length):
         replies.append((lines, body))
     assert replies[0] == replies[1]
     assert bool(replies[0][1]) == start.startswith(b"GET")
+
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+PIECE = {"type": "http.response.body", "body": b"piece", "more_body": True}
+END = {"type": "http.response.body", "body": b"end"}
+SLIPS = {
+    "none": [START, PIECE, END],
+    "a-piece-after-the-end": [START, PIECE, END, PIECE],
+    "two-ends": [START, PIECE, END, END],
+    "two-heads": [START, PIECE, START, END],
+    "no-end": [START, PIECE],
+    "a-message-of-another-kind": [START, PIECE, {**PIECE, "type": "http.response.other"}, END],
+    "no-body-allowed": [{**START, "status": 204}, END],
+    "of-another-status": [{**START, "status": 404}, PIECE, END],
+    "with-a-goodbye": [{**START, "headers": [(b"Connection", b"close")]}, PIECE, END],
+    "chunked-by-name": [{**START, "headers": [(b"Transfer-Encoding", b"chunked")]}, PIECE, END],
+}
+
+
+async def slip(scope, receive, send):
+    """Send what the path names, right or wrong."""
+    for message in SLIPS[scope["path"][1:]]:
+        await send(message)
+
+
+def test_after_any_slip_the_next_request_fares_as_with_the_parser():
+    head = "{} /{} HTTP/1.{}\r\nhost: a\r\nconnection: {}\r\n\r\n"
+    heads = [(method, minor) for method in ("GET", "HEAD") for minor in (0, 1)]
+    keeps = ("keep-alive", "close")
+    asked = [(*one, name, keep) for one in heads for name in SLIPS for keep in keeps]
+    told = []
+    for protocol in (PatientProtocol, H11Protocol):
+        with serving(slip, protocol) as address:
+            for method, minor, name, keep in asked:
+                with connection(address) as client:
+                    first = head.format(method, name, minor, keep)
+                    client.sendall((first + head.format("GET", "none", 1, "close")).encode())
+                    received = b""
+                    with contextlib.suppress(ConnectionResetError):
+                        while part := client.recv(2**20):
+                            received += part
+                told.append(re.sub(rb"date: [^\r]*\r\n", b"", received))
+    for one, ours, theirs in zip(asked, told[: len(asked)], told[len(asked) :], strict=True):
+        assert ours == theirs, one
+    assert any(one.count(b"HTTP/1.1 200") == 2 for one in told)  # some went on
+
+
+def test_a_connection_that_is_closed_is_forgotten_at_once():
+    known = []
+
+    class Known(PatientProtocol):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            known.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with serving(Flood(is_endless=False), Known) as address:
+            for _ in range(3):
+                with connection(address) as client:
+                    client.sendall(REQUEST.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+                    while client.recv(1000):
+                        pass
+            wait_for(lambda: not any(one() for one in known))
+    finally:
+        gc.enable()
+    assert len(known) == 3

@@ -1,5 +1,6 @@
 """What is counted, under which names and labels; Prometheus' own checker has nothing to say."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from tests.test_server_info import planned_engine
 from tests.waiting import wait_for
 
 URL = "/v1/completions"
+KEY = "a-key-for-tests-only"
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed"
@@ -316,3 +318,53 @@ def test_a_meter_is_closed_once():
     meter.close()
     text = generate_latest(metrics.registry).decode()
     assert 'infmoe_finished_total{reason="cancelled"} 1.0' in text
+
+
+def test_tokens_that_a_client_never_reads_are_counted_all_the_same():
+    """It reads nothing of its stream and goes: the engine made them, and its key pays for them."""
+    made = [Piece("a", (1,)), Piece("b", (2, 3)), Piece("c", (4,)), HOLD]
+    engine = FakeEngine(lambda request: [*made, finished(request)])
+    app = create_app(engine, Settings(api_key=KEY))
+    raw = json.dumps({"prompt": "ab", "stream": True}).encode()
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {KEY}".encode())]
+
+    async def ask():
+        body = [{"type": "http.request", "body": raw, "more_body": False}]
+        gone = asyncio.Event()
+
+        async def receive():
+            if body:
+                return body.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()  # the client does not read
+
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": URL,
+            "raw_path": URL.encode(),
+            "query_string": b"",
+            "headers": headers,
+            "scheme": "http",
+            "server": ("a", 1),
+            "client": ("b", 1),
+            "root_path": "",
+        }
+        task = asyncio.create_task(app(scope, receive, send))
+        assert await asyncio.to_thread(engine.held.wait, 60)
+        gone.set()
+        await task
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    with TestClient(app, headers={"authorization": f"Bearer {KEY}"}) as client:
+        samples = samples_of(client)
+        (row,) = client.get("/v1/usage").json()["data"]
+    assert samples["infmoe_generated_tokens_total",] == 4
+    assert samples["infmoe_adapter_generated_tokens_total", ("adapter", BASE)] == 4
+    assert samples["infmoe_finished_total", ("reason", "cancelled")] == 1
+    assert row["completion_tokens"] == 4

@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from engine.request import Failed, Piece, Request
 from engine.ticket import Ticket
-from server.streams import Merge
+from server.streams import Merge, until_disconnect
 
 REQUEST = Request(request_id="r", encoder_ids=(1,))
 
@@ -104,3 +105,126 @@ def test_a_silence_is_told_again_and_again():
             return seen, batch
 
     assert asyncio.run(asyncio.wait_for(scenario(), 10)) == ([[], []], [(0, Piece("a", (1,)))])
+
+
+def test_a_reader_that_was_slow_gets_one_sign_of_life_and_not_all_that_it_missed():
+    async def scenario():
+        async with Merge([Given()]) as merge:
+            batches = merge.batches(0.2)
+            seen = [await anext(batches)]
+            await asyncio.sleep(1.0)
+            loop = asyncio.get_running_loop()
+            began_s = loop.time()
+            seen += [await anext(batches), await anext(batches)]
+            return seen, loop.time() - began_s
+
+    seen, took_s = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert seen == [[], [], []]
+    assert took_s >= 0.19  # timers are early by less than a millisecond
+
+
+@pytest.mark.parametrize("has_tickets", [False, True])
+def test_what_nobody_reads_is_counted_too_and_once(has_tickets):
+    events = [Piece("a", (1,)), Piece("b", (2,)), Failed("broken")]
+
+    async def scenario():
+        counted = []
+        stream = Ticket(REQUEST, asyncio.get_running_loop()) if has_tickets else Given()
+        merge = Merge([stream])
+        merge.count_by(lambda index, event: counted.append((index, event)))
+        give = stream.take if has_tickets else stream.queue.put_nowait
+        async with merge:
+            give(events[0])
+            read = await anext(merge.batches())
+            for event in events[1:]:
+                give(event)
+            for _ in range(10):  # of which a stream that is pumped needs some
+                await asyncio.sleep(0)
+        return read, counted
+
+    read, counted = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert read == [(0, events[0])]
+    assert counted == [(0, event) for event in events]
+
+
+class Client:
+    """Whose requests a test awaits: it goes when it is told to."""
+
+    def __init__(self):
+        self.gone = asyncio.Event()
+
+    async def receive(self):
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+async def never(began):
+    began.set()
+    await asyncio.Event().wait()
+
+
+def test_work_ends_with_the_client_and_the_task_goes_on():
+    async def scenario():
+        client, began = Client(), asyncio.Event()
+        began_task = asyncio.create_task(began.wait())
+        began_task.add_done_callback(lambda _: client.gone.set())
+        with pytest.raises(ClientDisconnect):
+            await until_disconnect(client.receive, never(began))
+        await asyncio.sleep(0)  # where a cancellation that was left would come up
+        return asyncio.current_task().cancelling()
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == 0
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_who_cancels_the_task_is_not_taken_for_the_client(is_gone):
+    async def scenario():
+        client, began = Client(), asyncio.Event()
+        task = asyncio.create_task(until_disconnect(client.receive, never(began)))
+        await began.wait()
+        if is_gone:
+            client.gone.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return task.cancelled()
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_client_that_goes_is_known_in_a_task_that_was_cancelled_before():
+    """As in clean-up after a cancellation, which goes on with the count of it."""
+
+    async def clean_up():
+        client, began = Client(), asyncio.Event()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        began_task = asyncio.create_task(began.wait())
+        began_task.add_done_callback(lambda _: client.gone.set())
+        with pytest.raises(ClientDisconnect):
+            await until_disconnect(client.receive, never(began))
+        return asyncio.current_task().cancelling()
+
+    async def scenario():
+        task = asyncio.create_task(clean_up())
+        await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == 1
+
+
+def test_work_that_is_done_when_the_client_goes_is_the_result():
+    async def scenario():
+        client = Client()
+
+        async def work():
+            client.gone.set()
+            return 7
+
+        told = await until_disconnect(client.receive, work())
+        for _ in range(3):  # the watch ends, and cancels nobody
+            await asyncio.sleep(0)
+        return told, asyncio.current_task().cancelling(), len(asyncio.all_tasks())
+
+    assert asyncio.run(scenario()) == (7, 0, 1)
