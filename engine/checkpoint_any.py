@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import build_model, check_directory, load_model
-from engine.checkpoint_cpm2 import find_iteration
 from engine.checkpoint_gguf import GgufSource, open_gguf
 from engine.checkpoint_hf import HuggingFaceSource, is_huggingface, open_huggingface
+from engine.checkpoint_ranks import find_iteration
 from engine.checkpoint_writer import CONFIG
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
@@ -18,7 +18,9 @@ from engine.progress import OnBytes, ignore_bytes
 
 
 def detect_kind(path: Path) -> str:
-    """Tell the kind of a model: 'native', 'cpm2', 'huggingface' or 'gguf' (a file, or one inside).
+    """Tell the kind of a model: 'native', 'cpm', 'huggingface' or 'gguf' (a file, or one inside).
+
+    'cpm' are rank files of CPM-1 or CPM-2; which of them, only their tensors tell.
 
     Raises CheckpointError if it is of none of them.
     """
@@ -26,14 +28,14 @@ def detect_kind(path: Path) -> str:
         return "gguf"
     check_directory(path)
     if find_iteration(path) is not None:
-        return "cpm2"
+        return "cpm"
     if is_huggingface(path):
         return "huggingface"
     if (path / CONFIG).exists():
         return "native"
     raise CheckpointError(
         f"{path}: holds no model; expected config.json (native, Hugging Face), a GGUF file or the "
-        "latest_checkpointed_iteration.txt of CPM-2"
+        "latest_checkpointed_iteration.txt of CPM-1 or CPM-2"
     )
 
 
@@ -54,7 +56,7 @@ def load_any(
     Raises CheckpointError if its weights are pickles, which only a conversion reads.
     """
     kind = detect_kind(path)
-    if kind == "cpm2":
+    if kind == "cpm":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind == "native":
         return load_model(path, dtype, on_bytes=on_bytes)

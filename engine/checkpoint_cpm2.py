@@ -10,7 +10,6 @@ Files are mapped and read one tensor at a time: the 386 GB of CPM-2-MoE need mem
 """
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,37 +22,32 @@ from engine.checkpoint_cpm2_layout import (
     PROMPT,
     WORD_COPIES,
     WORDS,
-    Cut,
-    Names,
     dense_names,
     expert_names,
     infer_sizes,
-    merge,
 )
 from engine.checkpoint_hf_config import read_epsilon
-from engine.checkpoint_tensors import read_json, translated
+from engine.checkpoint_ranks import (
+    LATEST,
+    Names,
+    Ranks,
+    State,
+    find_iteration,
+    find_ranks,
+    merge_ranks,
+    read_state,
+)
+from engine.checkpoint_tensors import read_json
 from engine.config import ModelConfig, TokenizerKind
 from engine.errors import CheckpointError, ConfigError, TokenizerError
-from engine.pickles import load_state
 from engine.tokenizer_cpm2 import read_vocabulary
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest_checkpointed_iteration.txt"
 VOCABULARY = "vocab.txt"
-RANK_FILE = re.compile(r"mp_rank_(?:(\d{2,})_)?(\d{2,})_model_states\.pt")
-PLACES = ("module", "model")  # DeepSpeed's name, and that of the MoE training code
 OUTDATED_VOCABULARY = (
     52736  # a file of that many lines is in the pre-training code, fitting no model
 )
-State = dict[str, Tensor]
-
-
-class Ranks(NamedTuple):
-    """The rank files: one row per expert, or one row in all. `rows[e][m]` is of rank m."""
-
-    rows: list[list[Path]]
-    is_by_expert: bool
 
 
 class Vocabulary(NamedTuple):
@@ -102,7 +96,7 @@ class Cpm2Source:
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Names and merged tensors of all that is not an expert."""
         for name, (key, cut) in dense_names(self.config).items():
-            yield name, self._merge(self._ranks.rows[0], self._states, key, cut)
+            yield name, merge_ranks(self._ranks.rows[0], self._states, key, cut)
 
     def experts(self, layer: str) -> Iterator[State]:
         """The merged experts of a layer in order.
@@ -115,11 +109,11 @@ class Cpm2Source:
             for _ in range(self.config.num_experts):
                 yield shared
             return
-        norm = self._merge(rows[0], self._states, *names["norm"])
+        norm = merge_ranks(rows[0], self._states, *names["norm"])
         odd = []
         for expert, row in enumerate(rows):
-            states = [_read_state(path) for path in row] if expert else self._states
-            if not torch.equal(self._merge(row, states, *names["norm"]), norm):
+            states = [read_state(path) for path in row] if expert else self._states
+            if not torch.equal(merge_ranks(row, states, *names["norm"]), norm):
                 odd.append(expert)
             yield self._expert(row, states, names)  # no name here keeps it in memory
             states = []
@@ -131,38 +125,7 @@ class Cpm2Source:
         return self._states[0].get(PROMPT)
 
     def _expert(self, row: list[Path], states: list[State], names: Names) -> State:
-        return {name: self._merge(row, states, key, cut) for name, (key, cut) in names.items()}
-
-    def _merge(self, row: list[Path], states: list[State], key: str, cut: Cut) -> Tensor:
-        for path, state in zip(row, states, strict=True):
-            if key not in state:
-                raise CheckpointError(f"{path}: has no {key}")
-            found, expected = state[key].shape, states[0][key].shape
-            if cut.dim is not None and len(found) != 2:
-                raise CheckpointError(f"{path}: {key} has shape {list(found)}, expected a matrix")
-            if found != expected or (cut.parts > 1 and found[0] % cut.parts):
-                raise CheckpointError(
-                    f"{path}: {key} has shape {list(found)}, expected {list(expected)} "
-                    f"as in {row[0].name}, rows dividing by {cut.parts}"
-                )
-        return merge([state[key] for state in states], cut)
-
-
-def find_iteration(root: Path) -> Path | None:
-    """The folder of rank files that a checkpoint folder points to, or is itself; None if neither.
-
-    Raises CheckpointError if it points to nothing.
-    """
-    latest = root / LATEST
-    if latest.is_file():
-        with translated(latest, "read"):
-            text = latest.read_bytes()[:100].decode("utf-8", "replace").strip()
-        if not text.isdecimal() or not (root / text).is_dir():
-            raise CheckpointError(f"{latest}: names {text!r}, which is no folder beside it")
-        return root / text
-    with translated(root, "listed"):
-        names = [path.name for path in root.iterdir()] if root.is_dir() else []
-    return root if any(RANK_FILE.fullmatch(name) for name in names) else None
+        return {name: merge_ranks(row, states, key, cut) for name, (key, cut) in names.items()}
 
 
 def open_cpm2(root: Path, vocab: Path | None = None) -> Cpm2Source:
@@ -175,8 +138,8 @@ def open_cpm2(root: Path, vocab: Path | None = None) -> Cpm2Source:
     folder = find_iteration(root)
     if folder is None:
         raise CheckpointError(f"{root}: has neither {LATEST} nor rank files")
-    ranks = _find_ranks(folder)
-    states = [_read_state(path) for path in ranks.rows[0]]
+    ranks = find_ranks(folder)
+    states = [read_state(path) for path in ranks.rows[0]]
     path = ranks.rows[0][0]
     sizes = infer_sizes(path, states[0], len(states))
     if ranks.is_by_expert and sizes.get("num_experts") != len(ranks.rows):
@@ -199,35 +162,6 @@ def open_cpm2(root: Path, vocab: Path | None = None) -> Cpm2Source:
     config = _check_config_file(root / "config.json", config)
     _check_states(ranks.rows[0], states, config)
     return Cpm2Source(ranks, states, config, vocab)
-
-
-def _find_ranks(folder: Path) -> Ranks:
-    """List the rank files. Raises CheckpointError if one is missing."""
-    found: dict[tuple[int, int], Path] = {}
-    is_by_expert = False
-    with translated(folder, "listed"):
-        matches = [(path, RANK_FILE.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    for path, match in matches:
-        if match is None:
-            continue
-        if found and is_by_expert != (match[1] is not None):
-            raise CheckpointError(f"{folder}: mixes rank files with and without an expert number")
-        is_by_expert = match[1] is not None
-        found[int(match[1] or 0), int(match[2])] = path
-    if not found:
-        raise CheckpointError(f"{folder}: has no rank files mp_rank_*_model_states.pt")
-    num_rows, num_ranks = (1 + max(place[axis] for place in found) for axis in (0, 1))
-    for row in range(num_rows):
-        for rank in range(num_ranks):
-            if (row, rank) not in found:
-                name = f"mp_rank_{row:02d}_{rank:02d}" if is_by_expert else f"mp_rank_{rank:02d}"
-                raise CheckpointError(f"{folder}: {name}_model_states.pt is missing; copy it again")
-    rows = [[found[row, rank] for rank in range(num_ranks)] for row in range(num_rows)]
-    return Ranks(rows, is_by_expert)
-
-
-def _read_state(path: Path) -> State:
-    return load_state(path, PLACES)
 
 
 def _check_states(paths: list[Path], states: list[State], config: ModelConfig) -> None:

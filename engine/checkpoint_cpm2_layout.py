@@ -1,17 +1,15 @@
 """How the released CPM-2 files name their tensors, cut them over ranks, and what sizes they tell.
 
-Source: CPM-2 (arXiv:2106.10715) and its released pre-training and fine-tuning code; the cuts are
-those of Megatron-LM (arXiv:1909.08053).
+Source: CPM-2 (arXiv:2106.10715) and its released pre-training and fine-tuning code.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from engine.checkpoint_ranks import COLUMNS, ROWS, WHOLE, Cut, Names, merged_shape
 from engine.checkpoint_tensors import Shape
 from engine.config import ModelConfig, Stack
 from engine.errors import CheckpointError
@@ -24,17 +22,6 @@ BIAS = "blocks.0.self_attn.self_attn.relative_attention_bias.weight"
 EXPERT = "ff.expert_network."
 
 
-class Cut(NamedTuple):
-    """How a tensor is cut over the ranks: along `dim` (None: every rank has all of it).
-
-    `parts` 3: each rank holds its rows of q, of k and of v, one below the other.
-    """
-
-    dim: int | None
-    parts: int = 1
-
-
-WHOLE, ROWS, COLUMNS = Cut(None), Cut(0), Cut(1)
 SELF_ATTENTION = {
     "self_attention.norm.weight": ("self_attn.layer_norm.weight", WHOLE),
     "self_attention.qkv.weight": ("self_attn.self_attn.project.weight", Cut(0, 3)),
@@ -56,7 +43,6 @@ MOE = {
     "moe.centroids": ("ff.expert_centroids", WHOLE),
     "moe.router_norm": (EXPERT + FEED_FORWARD["norm"][0], WHOLE),
 }
-Names = dict[str, tuple[str, Cut]]
 
 
 def dense_names(config: ModelConfig) -> Names:
@@ -86,22 +72,6 @@ def expert_names(layer: str) -> Names:
     stack, _, index = layer.partition("-")
     prefix = f"{stack}.blocks.{index}.{EXPERT}"
     return {name: (prefix + key, cut) for name, (key, cut) in FEED_FORWARD.items()}
-
-
-def merge(shards: Sequence[Tensor], cut: Cut) -> Tensor:
-    """Put the shards of all ranks together.
-
-    Two ranks with rows [q0 k0 v0] and [q1 k1 v1], 3 parts: [q0 q1 k0 k1 v0 v1].
-    """
-    if cut.dim is None:
-        return shards[0]
-    pieces = [shard.chunk(cut.parts, cut.dim) for shard in shards]
-    return torch.cat([piece[part] for part in range(cut.parts) for piece in pieces], cut.dim)
-
-
-def merged_shape(shard: Shape, cut: Cut, num_ranks: int) -> Shape:
-    """Shape of the merged tensor, of which each rank holds an equal shard."""
-    return tuple(size * num_ranks if dim == cut.dim else size for dim, size in enumerate(shard))
 
 
 def infer_sizes(path: Path, state: Mapping[str, Tensor], num_ranks: int) -> dict[str, int]:

@@ -34,6 +34,7 @@ SHARD_BYTES = 4 << 30
 TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
+    "chinese_vocab.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -46,6 +47,7 @@ VOCABULARY_FILES: dict[TokenizerKind, str] = {  # which of them the tokenizer it
     "cpm2_zh_en": "vocab.txt",
     "sentencepiece": "spiece.model",
     "tokenizer_json": "tokenizer.json",
+    "cpm1": "chinese_vocab.model",
 }
 STORE = re.compile(r"experts-(encoder|decoder)-\d+\.safetensors")
 OWN_FILES = re.compile(

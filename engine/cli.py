@@ -129,11 +129,11 @@ def tokenize(
 def convert(
     src: Annotated[
         Path,
-        typer.Argument(help="CPM-2 rank files, Hugging Face, GGUF or native.", parser=find_model),
+        typer.Argument(help="CPM rank files, Hugging Face, GGUF or native.", parser=find_model),
     ],
     dst: Annotated[Path, typer.Argument(help="Directory to write; an older model is replaced.")],
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
-    vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
+    vocab: Annotated[Path | None, typer.Option(help="Vocabulary of a CPM checkpoint.")] = None,
     experts: Annotated[ExpertFormat, typer.Option(help="Quantise the experts.")] = "none",
 ) -> None:
     """Write a checkpoint as a native model directory. Resumes if it was cut off."""
@@ -165,7 +165,7 @@ def convert(
 
 def inspect_model(
     model: ModelArgument,
-    vocab: Annotated[Path | None, typer.Option(help="vocab.txt of a CPM-2 checkpoint.")] = None,
+    vocab: Annotated[Path | None, typer.Option(help="Vocabulary of a CPM checkpoint.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what a model directory holds: kind, sizes, parameters, files."""

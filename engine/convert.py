@@ -14,7 +14,8 @@ from torch import Tensor
 from engine.checkpoint import NativeSource, open_native
 from engine.checkpoint_any import detect_kind, open_foreign
 from engine.checkpoint_any import load_any as load_any  # most users of this module want it too
-from engine.checkpoint_cpm2 import Cpm2Source, open_cpm2
+from engine.checkpoint_cpm1 import open_ranks
+from engine.checkpoint_cpm2 import Cpm2Source
 from engine.checkpoint_gguf import GgufSource
 from engine.checkpoint_writer import (
     VOCABULARY_FILES,
@@ -36,7 +37,7 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """'native', 'cpm2', 'huggingface' or 'gguf'."""
+        """'native', 'cpm1', 'cpm2', 'huggingface' or 'gguf'."""
         ...
 
     @property
@@ -79,14 +80,15 @@ class Progress(NamedTuple):
 def open_source(path: Path, vocab: Path | None = None) -> Source:
     """Open a model directory, whatever its kind; pickles are read, restricted.
 
-    `vocab` is the vocab.txt of a CPM-2 checkpoint that has none beside it.
+    `vocab` is the vocab.txt of a CPM-2 checkpoint, or the chinese_vocab.model of a CPM-1, that has
+    none beside it.
     Raises CheckpointError if the directory is of no known kind, damaged or incomplete.
     """
     kind = detect_kind(path)
-    if vocab is not None and kind != "cpm2":
-        raise CheckpointError(f"{path}: is no CPM-2 checkpoint; a vocabulary is not needed")
-    if kind == "cpm2":
-        return open_cpm2(path, vocab)
+    if vocab is not None and kind != "cpm":
+        raise CheckpointError(f"{path}: has no rank files of CPM; a vocabulary is not needed")
+    if kind == "cpm":
+        return open_ranks(path, vocab)
     if kind != "native":
         return open_foreign(path, allow_pickles=True)
     return open_native(path)
@@ -115,7 +117,7 @@ def convert(
             f"{dst}: is the source itself, or would overwrite it; choose another directory"
         )
     needed = VOCABULARY_FILES.get(source.config.tokenizer)
-    if source.kind == "cpm2" and needed not in source.tokenizer_files:
+    if source.kind in ("cpm1", "cpm2") and needed not in source.tokenizer_files:
         raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
     files, identity = source.tokenizer_files, _identity(src, source)
     texts = source.texts if isinstance(source, GgufSource) else {}

@@ -96,7 +96,7 @@ def read_storage(path: Path, dtype: torch.dtype | None = None) -> Storage:
     its experts are quantised and `dtype` is not the stored one.
     """
     kind = detect_kind(path)
-    if kind == "cpm2":
+    if kind == "cpm":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind != "native":
         foreign = open_foreign(path)

@@ -8,7 +8,13 @@ from sentencepiece import SentencePieceProcessor
 
 from engine.errors import TokenizerError
 from engine.tokenizer import decode_ids, pick_sentinel
-from engine.tokenizer_cpm2 import MARKS_TO_TEXT, TEXT_TO_MARKS, Segmenter, load_segmenter
+from engine.tokenizer_cpm2 import (
+    CONTROL_TOKENS,
+    MARKS_TO_TEXT,
+    TEXT_TO_MARKS,
+    Segmenter,
+    load_segmenter,
+)
 
 NUM_APPENDED_SENTINELS = 100
 SPACE = "\u2581"
@@ -87,7 +93,9 @@ class Cpm1Tokenizer:
     def __init__(self, processor: SentencePieceProcessor, segment: Segmenter) -> None:
         self._processor = processor
         self._segment = segment
-        self.control_ids = _find_controls(processor)
+        # pieces like all others in the released model; jieba cuts them up where they are typed
+        named = {processor.piece_to_id(mark) for mark in CONTROL_TOKENS}
+        self.control_ids = _find_controls(processor) | named
 
     @property
     def vocab_size(self) -> int:

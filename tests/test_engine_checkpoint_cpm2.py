@@ -8,8 +8,8 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from engine.checkpoint import build_model
-from engine.checkpoint_cpm2 import find_iteration, open_cpm2
-from engine.checkpoint_cpm2_layout import Cut, merge
+from engine.checkpoint_cpm2 import open_cpm2
+from engine.checkpoint_ranks import Cut, find_iteration, merge
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
 from tests.cpm2_files import (

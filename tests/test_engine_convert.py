@@ -129,7 +129,7 @@ def test_vocabulary_from_elsewhere(moe_files, tmp_path):
 
 
 def test_vocabulary_where_none_is_needed(t5_files, tmp_path):
-    with pytest.raises(CheckpointError, match="is no CPM-2 checkpoint; a vocabulary is not needed"):
+    with pytest.raises(CheckpointError, match="has no rank files of CPM; a vocabulary is not"):
         convert(t5_files, tmp_path / "out", vocab=tmp_path / "vocab.txt")
 
 
@@ -406,8 +406,8 @@ def test_refuses_targets(moe_files, tmp_path):
 
 def test_detects_the_kind(moe_files, t5_files, tmp_path):
     save_model(tiny_model(), tmp_path / "native")
-    assert detect_kind(moe_files) == "cpm2"
-    assert detect_kind(moe_files / "100000") == "cpm2"
+    assert detect_kind(moe_files) == "cpm"
+    assert detect_kind(moe_files / "100000") == "cpm"
     assert detect_kind(t5_files) == "huggingface"
     assert detect_kind(tmp_path / "native") == "native"
     (tmp_path / "empty").mkdir()

@@ -8,6 +8,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from engine.errors import TokenizerError
 from engine.tokenizer import open_tokenizer
+from engine.tokenizer_cpm2 import load_segmenter
 from engine.tokenizer_sentencepiece import (
     Cpm1Tokenizer,
     SentencePieceTokenizer,
@@ -210,7 +211,8 @@ def test_a_missing_model_is_a_tokenizer_error(tmp_path):
 @pytest.fixture(scope="module")
 def cpm1(tmp_path_factory):
     path = tmp_path_factory.mktemp("cpm1") / "chinese_vocab.model"
-    path.write_bytes(train(user_defined_symbols=["\u2583", "\u2582"]))
+    marks = ["\u2583", "<sep>", "<pad>", "<mask>", "<eod>", "\u2582"]
+    path.write_bytes(train(pad_id=-1, unk_id=0, bos_id=1, eos_id=2, user_defined_symbols=marks))
     return open_cpm1(path)
 
 
@@ -220,6 +222,27 @@ def test_cpm1_cuts_words_and_marks_white_space(cpm1):
     newline, space = (cpm1.encode(mark)[-1] for mark in "\n ")
     assert newline in ids
     assert space in ids
+
+
+def test_cpm1_has_marks_where_the_released_model_has_them(cpm1):
+    assert cpm1.control_ids == {0, 1, 2, 4, 5, 6, 7}
+    assert cpm1.decode([3, 4, 7]) == "\n<sep><eod>"  # as the original writes them
+    for mark in ("<unk>", "<s>", "<eod>", "<pad>", "\uff1ceod\uff1e"):
+        assert not {1, 2, 4, 5, 6, 7} & set(cpm1.encode(f"fox{mark}dog{mark}"))
+
+
+def test_cpm1_is_the_published_recipe(cpm1, tmp_path):
+    """Each step by itself: jieba's words, marks, blanks between; and back."""
+    path = tmp_path / "chinese_vocab.model"
+    path.write_bytes(cpm1._processor.serialized_model_proto())
+    processor = SentencePieceProcessor(model_file=str(path))
+    marks = str.maketrans(" \n", "\u2582\u2583")
+    for text in (*LINES, "今天天气\n\n不错 fox", " 公园,  world ", "a\tb"):
+        words = [word.translate(marks) for word in load_segmenter()(text)]
+        ids = cpm1.encode(text)
+        assert ids == processor.encode(" ".join(words))
+        decoded = processor.decode(ids).replace(" ", "").translate({0x2582: " ", 0x2583: "\n"})
+        assert cpm1.decode(ids) == decoded
 
 
 def test_cpm1_joins_segments_with_blanks(plain):

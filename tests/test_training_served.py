@@ -233,7 +233,7 @@ def test_the_command_asks_a_server_with_a_key(tmp_path, tuned, capsys):
         asked = ["eval-task", rows, "--task", str(one), "--url", url, "--adapter", "choose"]
         with pytest.raises(SystemExit, match="1"):
             main(asked)
-        assert "/tokenize: 401:" in capsys.readouterr().err
+        assert "/v1/models: 401:" in capsys.readouterr().err
         with pytest.raises(SystemExit, match="0"):
             main([*asked, "--api-key-file", str(file)])
         told = capsys.readouterr().out.splitlines()
@@ -266,8 +266,11 @@ def test_options_that_do_not_go_together_are_wrong_usage(arguments):
 class Script(BaseHTTPRequestHandler):
     """Answers with the next of some replies: a status, headers, a body."""
 
+    def do_GET(self):
+        self.do_POST()
+
     def do_POST(self):
-        self.rfile.read(int(self.headers["content-length"]))
+        self.rfile.read(int(self.headers.get("content-length", 0)))
         status, headers, body = self.server.replies.pop(0)
         self.send_response(status)
         for name, value in headers.items():
@@ -314,6 +317,14 @@ def test_what_is_no_infmoe_server_is_named(scripted, body):
     server.replies = [(404, {}, body)]
     with pytest.raises(Refused, match="/base/x: 404: no InfMoE server"):
         Server(url).post("/x", {})
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"data": []}', b'{"data": [1]}'])
+def test_a_server_that_tells_no_model_is_named(scripted, body):
+    server, url = scripted
+    server.replies = [(200, {}, body)]
+    with pytest.raises(Refused, match="/base/v1/models: tells no model"):
+        Server(url).is_decoder_only()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", "http://a:b", "http://"])

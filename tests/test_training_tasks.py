@@ -10,7 +10,8 @@ import torch
 from engine.errors import ConfigError
 from tests.tiny import DENSE, byte_tokenizer, tiny_model
 from training.task_eval import evaluate_task
-from training.task_examples import closing_id, encoder_ids, format_list, make_slots, read_examples
+from training.task_examples import format_list, make_slots, read_examples
+from training.task_readers import closing_id, encoder_ids
 from training.task_rows import read_rows
 from training.tasks import ListFormat, open_task, parse_task, ready_tasks
 from training.tune_model import Scorer
@@ -21,6 +22,7 @@ ROWS = {
     "adgen": {"title": "裙", "tags": ["新", "红"], "feature": [["色", "红"]], "desc": "好裙"},
     "c3": {"text": "天晴", "question": "天?", "choice": ["晴", "雨"], "answer": "晴"},
     "ccpm": {"translation": "月亮", "choices": ["明月", "白日"], "answer": 0},
+    "dialogue_zh": {"query": "天晴", "response": "出门"},
     "clause_zh": {"text": "房间不错，", "answer": "早餐丰富"},
     "lcqmc": {"sentence1": "甲", "sentence2": "乙", "label": "1"},
     "lcqmc_pair": {"sentence1": "甲", "sentence2": "乙", "label": 0},
@@ -33,6 +35,8 @@ ROWS = {
     "sogou_log_ranking": {"query": "天", "docs": ["车", "天气", "云"], "gains": [0, 2, 1]},
     "spam_en": {"text": "Win money now", "label": "spam"},
     "wmt_en_zh": {"source": "hello", "target": "你好"},
+    "zero_shot_apps": {"sentence": "球", "label_des": "卡牌"},
+    "zero_shot_idioms": {"before": "他", "after": "。", "candidates": ["甲", "乙"], "answer": "乙"},
     "zero_shot_inference": {"sentence1": "甲", "sentence2": "乙", "label": "neutral"},
     "zero_shot_news": {"sentence": "球", "label": 103},
 }
@@ -165,7 +169,7 @@ def test_what_closes_an_answer_is_the_models_own():
         ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2: is no JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: holds no object"),
         ("a.jsonl", b'{"a": "1", "b": "2", "y": null}\n', "line 1: has no column 'y'"),
-        ("a.json", b"{}", "a.json: holds no list"),
+        ("a.json", b"3", "a.json: holds no list"),
         ("a.json", b"[", "a.json: is no JSON"),
         ("a.json", b"[[1, 2]]", r"expected an object, or \[\[text\]"),
         ("a.txt", b"x", "a.txt: is of no known kind"),

@@ -22,14 +22,8 @@ from tests.tiny import DENSE, MOE, byte_tokenizer, tiny_model
 from tests.waiting import wait_for
 from training.offloaded_gradients import borrowed_again
 from training.task_eval import evaluate_task
-from training.task_examples import (
-    Example,
-    decoder_start,
-    encoder_ids,
-    fill_template,
-    make_slots,
-    read_examples,
-)
+from training.task_examples import Example, fill_template, make_slots, read_examples
+from training.task_readers import decoder_start, encoder_ids
 from training.task_rows import read_rows
 from training.tasks import parse_task
 from training.tune import TuneData, TuneSettings, draw, tune

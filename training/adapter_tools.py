@@ -22,8 +22,8 @@ from engine.adapters import (
 from engine.adapters_manifest import FILES, MANIFEST, FileFacts, check_manifest, measure_files
 from engine.checkpoint_any import detect_kind, load_any
 from engine.checkpoint_cpm2 import open_cpm2
-from engine.checkpoint_ranks import find_iteration
 from engine.checkpoint_prompt import read_prompt_file
+from engine.checkpoint_ranks import find_iteration
 from engine.checkpoint_tensors import read_json
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, EngineError

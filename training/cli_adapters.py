@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from engine.model_paths import find_model
 from training.cli_growth import app
 
-Model = Annotated[Path | None, typer.Option(help="Model directory that it must fit.")]
+MODEL_HELP = "Model directory, GGUF file, or smollm2, that it must fit."
+Model = Annotated[Path | None, typer.Option(help=MODEL_HELP, parser=find_model)]
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Take one of another model.")]
 
 
@@ -36,7 +38,7 @@ def adapter_show(
 @app.command("check")
 def adapter_check(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
-    model: Annotated[Path, typer.Option(help="Model directory that it must fit.")],
+    model: Annotated[Path, typer.Option(help=MODEL_HELP, parser=find_model)],
     any_base: AnyBase = False,
 ) -> None:
     """Fail unless the files are whole and fit a model."""
@@ -52,7 +54,10 @@ def adapter_import(  # noqa: PLR0913  options of a command
     source: Annotated[
         Path, typer.Argument(help="PEFT folder, file of a tensor (.safetensors, .pt), or CPM-2.")
     ],
-    model: Annotated[Path, typer.Option(help="Model directory that it is for.")],
+    model: Annotated[
+        Path,
+        typer.Option(help="Model directory, GGUF file, or smollm2: its own.", parser=find_model),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
     front: Annotated[int | None, typer.Option(min=0)] = None,
     middle: Annotated[int, typer.Option(min=0)] = 0,

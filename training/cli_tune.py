@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from engine.model_paths import find_model
+
 if TYPE_CHECKING:
     from training.task_eval import TaskReport
     from training.tune_ensemble import Vote
@@ -18,7 +20,9 @@ DtypeName = Literal["fp32", "bf16", "fp16"]
 
 def tune(  # noqa: PLR0913  options of a command
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Model directory, or a TOML recipe of a run.")],
+    model: Annotated[
+        Path, typer.Argument(help="Model, or a TOML recipe of a run.", parser=find_model)
+    ],
     data: Annotated[Path | None, typer.Argument(help="Rows to learn from: CSV, TSV, JSON.")] = None,
     task: Annotated[str | None, typer.Option(help="A ready task, or a TOML file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the adapter.")] = None,
@@ -144,7 +148,10 @@ def _report(row: dict[str, Any]) -> None:
 
 
 def eval_task(  # noqa: PLR0913  options of a command
-    model: Annotated[Path, typer.Argument(help="Model directory; with --url the rows, alone.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Model, as for serve; with --url the rows, alone.", parser=find_model),
+    ],
     data: Annotated[
         Path | None, typer.Argument(help="Rows with their answers: CSV, TSV, JSON.")
     ] = None,

@@ -12,23 +12,12 @@ from engine.adapters import OURS, PEFT_CONFIG, TENSORS, VECTORS, model_fingerpri
 from engine.adapters_manifest import write_manifest
 from engine.checkpoint_writer import sync
 from engine.model.transformer import Transformer
+from training.tune_files import peft_config
 
 
 def save_prompt(folder: Path, model: Transformer, prompt_PD: Tensor) -> None:
     """Write vectors that stand in front of a text; a folder that is there is replaced."""
-    config = model.config
-    peft = {
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_encoder_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": len(prompt_PD),
-        "peft_type": "PROMPT_TUNING",
-        "prompt_tuning_init": "RANDOM",
-        "task_type": "SEQ_2_SEQ_LM",
-        "token_dim": config.d_model,
-    }
+    peft = peft_config(model.config, len(prompt_PD), None)
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.errors import EngineError
 from training.task_eval import TaskReport, evaluate_task
-from training.task_examples import Example, Ids, read_with
+from training.task_examples import Example, read_with
+from training.task_readers import Ids, inner_ids
 from training.tasks import Task
 from training.tune_model import join_words
 
@@ -57,9 +58,20 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply to a body. Raises Refused if there is none, or it is an error."""
+        return self._ask("POST", path, json.dumps(body).encode())
+
+    def is_decoder_only(self) -> bool:
+        """Whether the model goes on in a text. Raises Refused if the server does not tell."""
+        cards = self._ask("GET", "/v1/models", None).get("data")
+        first = cards[0] if isinstance(cards, list) and cards else None
+        if not isinstance(first, dict):
+            raise Refused(f"{self._url}/v1/models: tells no model")
+        return first.get("architecture") == "decoder_only"
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         waited_s = 0.0
         while True:
-            reply = self._send(path, json.dumps(body).encode())
+            reply = self._send(method, path, body)
             if reply.status != 429 or waited_s >= PATIENCE_S:
                 break
             pause_s = min(max(reply.wait_s, 0.1), PATIENCE_S)
@@ -71,10 +83,10 @@ class Server:
             raise Refused(f"{self._url}{path}: {reply.status}: {told or 'no InfMoE server'}")
         return reply.facts
 
-    def _send(self, path: str, body: bytes) -> "_Reply":
+    def _send(self, method: str, path: str, body: bytes | None) -> "_Reply":
         connection = self._kind(self._host, self._port, timeout=TIMEOUT_S)
         try:
-            connection.request("POST", self._path + path, body, self._headers)
+            connection.request(method, self._path + path, body, self._headers)
             response = connection.getresponse()
             text, wait = response.read(), response.getheader("retry-after", "1")
         except (OSError, http.client.HTTPException) as error:
@@ -101,19 +113,26 @@ class ServedTokens:
 
     closing: Ids = ()
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, is_decoder_only: bool = False) -> None:
         self._server = server
+        self.is_decoder_only = is_decoder_only
 
     def close(self, text: str) -> list[int]:
         """Ids of what the encoder reads."""
         return self._tokenize(text, is_closed=True)
+
+    def follow(self, text: str) -> list[int]:
+        """Ids of what comes after a text."""
+        if self.is_decoder_only:
+            return inner_ids(lambda part: self._tokenize(part, is_closed=False), text)
+        return self._tokenize(text, is_closed=False)
 
     def spell(self, text: str) -> list[int]:
         """Ids of a part of a text.
 
         Raises ValueError if they give another text back, but for spaces and forms of characters.
         """
-        ids = self._tokenize(text, is_closed=False)
+        ids = self.follow(text)
         read = self._server.post("/detokenize", {"tokens": ids})["prompt"]
         if not ids or _plain(read) != _plain(text):
             raise ValueError(f"the tokenizer cannot spell {text[:40]!r}")
@@ -143,6 +162,8 @@ class ServedScorer:
 
     def label_scores(self, examples: Sequence[Example], task: Task) -> list[Tensor]:
         """Scores (L,) of the labels of choices, or of the texts of rankings."""
+        if any(example.is_paired for example in examples):
+            return [self._pair_scores(example, task) for example in examples]
         found: list[list[Tensor]] = [[] for _ in examples]
         by_words: dict[Words, list[tuple[int, Ids]]] = {}
         for number, example in enumerate(examples):
@@ -155,9 +176,27 @@ class ServedScorer:
                     found[number].append(score_L)
         return [torch.cat(parts) for parts in found]
 
+    def _pair_scores(self, example: Example, task: Task) -> Tensor:
+        """Scores (L,) of labels each of whose words follows a source of its own."""
+        pairs = [pair for group in example.asked() for pair in group]
+        by_target: dict[Ids, list[Ids]] = {}
+        for number, target in pairs:
+            by_target.setdefault(target, []).append(example.sources[number])
+        sums: dict[tuple[Ids, Ids], Tensor] = {}
+        for target, sources in by_target.items():
+            for part in _parts(list(dict.fromkeys(sources)), MOST_TEXTS):
+                logs = self._logs(list(part), [target])
+                sums |= {(source, target): log[0] for source, log in zip(part, logs, strict=True)}
+        found = [sums[example.sources[number], target] for number, target in pairs]
+        return join_words(found, [len(group) for group in example.asked()], task)
+
     def _score(self, sources: list[Ids], words: Words, task: Task) -> list[Tensor]:
         """Scores of all labels after each text."""
-        flat = [ids for group in words for ids in group]
+        logs = self._logs(sources, [ids for group in words for ids in group])
+        return [join_words(log, [len(group) for group in words], task) for log in logs]
+
+    def _logs(self, sources: list[Ids], flat: list[Ids]) -> list[list[Tensor]]:
+        """Log-probabilities of the tokens of all words, after each text."""
         logs: list[list[Tensor]] = [[] for _ in sources]
         for part in _parts(flat, MOST_WORDS):
             body = self._common | {"contexts": sources, "continuations": part}
@@ -165,7 +204,7 @@ class ServedScorer:
                 logs, self._server.post("/v1/score", body)["data"], strict=True
             ):
                 log += [torch.tensor(one["token_logprobs"]) for one in context["scores"]]
-        return [join_words(log, [len(group) for group in words], task) for log in logs]
+        return logs
 
     def write(self, sources: Sequence[Ids], max_tokens: int) -> list[str]:
         """The likeliest answer token by token."""
@@ -191,7 +230,8 @@ def evaluate_served(
     """
     server = Server(url, api_key)
     scorer = ServedScorer(server, adapter)
-    examples = read_with(ServedTokens(server), scorer.longest_text(), data, task)
+    tokens = ServedTokens(server, is_decoder_only=server.is_decoder_only())
+    examples = read_with(tokens, scorer.longest_text(), data, task)
     return evaluate_task(scorer, examples, task, rows)
 
 

@@ -19,7 +19,8 @@ from training.metrics_text import (
     reciprocal_rank,
     rouge_l,
 )
-from training.task_examples import Example, Ids
+from training.task_examples import Example
+from training.task_readers import Ids
 from training.tasks import Task
 from training.tune_model import batches
 

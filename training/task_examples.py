@@ -3,19 +3,21 @@
 All is checked before a model is loaded: a row that cannot be used is an error that names its line.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.adapters import Slots
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer
+from training.task_readers import Ids, Reader, TokenReader, inner_ids, needs_space
 from training.task_rows import Row, read_rows
-from training.tasks import FIELD, MIDDLE, ListFormat, Task
+from training.tasks import FIELD, LABEL, MIDDLE, ListFormat, Task
 
-Ids = tuple[int, ...]
 MOST_CHARS = 24  # of a token, in any vocabulary
 
 
@@ -24,7 +26,8 @@ class Example:
     """A row that is ready to be asked.
 
     A choice has one source, the words of each label, and the number of the right one; a ranking a
-    source for each text and its gain; what is generated a target, which ends in what closes it.
+    source for each text and its gain; what is generated a target, which ends in what closes it. In
+    a choice that `is_paired` each word has a source of its own.
     """
 
     line: int
@@ -35,6 +38,21 @@ class Example:
     gains: tuple[float, ...] = ()
     target: Ids = ()
     reference: str = ""
+    is_paired: bool = False
+
+    def asked(self) -> list[tuple[tuple[int, Ids], ...]]:
+        """What makes up each score: words, each with the number of the source that it follows."""
+        if not self.is_paired:
+            numbers = range(len(self.sources))
+            return [tuple((n, word) for word in words) for n in numbers for words in self.words]
+        number = count()
+        return [tuple((next(number), word) for word in words) for words in self.words]
+
+    @property
+    def right(self) -> tuple[Ids, Ids]:
+        """The right answer, what is generated or the first word of a label, after its source."""
+        number, ids = (0, self.target) if self.target else self.asked()[self.answer][0]
+        return self.sources[number], ids
 
 
 def read_examples(
@@ -45,24 +63,7 @@ def read_examples(
     Raises ValueError, naming file and line, for a row that cannot be used.
     """
     limit = config.max_prompt_tokens - num_vectors
-    return read_with(_Tokens(tokenizer, config), limit, path, task)
-
-
-class Reader(Protocol):
-    """Ids of texts, as the encoder and the decoder are to have them."""
-
-    def close(self, text: str) -> list[int]:
-        """Those of what the encoder reads, with what closes it."""
-        ...
-
-    def spell(self, text: str) -> list[int]:
-        """Those of a part of a text. Raises ValueError if there are none for some of it."""
-        ...
-
-    @property
-    def closing(self) -> Ids:
-        """What ends an answer; nothing where nobody is trained."""
-        ...
+    return read_with(TokenReader(tokenizer, config), limit, path, task)
 
 
 def read_with(reader: Reader, limit: int, path: Path, task: Task) -> list[Example]:
@@ -98,13 +99,13 @@ def make_slots(
         raise ConfigError(
             f"task {task.name} has no {{middle}} in its template, so no vectors can go there"
         )
-    ids = tokenizer.encode(task.mark)
+    ids = inner_ids(tokenizer.encode, task.mark)
     if not ids or ids[-1] in tokenizer.control_ids:
         raise ConfigError(f"the tokenizer cannot spell {task.mark!r}, which marks the middle")
     return Slots(**counts, middle_mark=ids[-1])
 
 
-def fill_template(task: Task, values: Mapping[str, Any]) -> str:
+def fill_template(task: Task, values: Mapping[str, Any], template: str | None = None) -> str:
     """The text of a row: fields by their columns, lists as the task says."""
 
     def fill(name: str) -> str:
@@ -115,7 +116,7 @@ def fill_template(task: Task, values: Mapping[str, Any]) -> str:
             return format_list(value, task.lists.get(name, ListFormat(join=" ")))
         return str(value)
 
-    return FIELD.sub(lambda match: fill(match[1]), task.template)
+    return FIELD.sub(lambda match: fill(match[1]), task.template if template is None else template)
 
 
 def format_list(items: list[Any] | tuple[Any, ...], how: ListFormat) -> str:
@@ -134,60 +135,12 @@ def format_list(items: list[Any] | tuple[Any, ...], how: ListFormat) -> str:
     return how.join.join(written)
 
 
-def encoder_ids(text: str, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
-    """Ids of a text with what closes it, as the server makes them of a prompt."""
-    ids = tokenizer.encode(text)
-    if config.continuation_sentinel is None:
-        return [*ids, *config.eos_token_ids[:1]]
-    return [*ids, tokenizer.sentinel_id(config.continuation_sentinel)]
-
-
-def decoder_start(tokenizer: Tokenizer, config: ModelConfig) -> Ids:
-    """What the decoder reads before the answer, as the server gives it."""
-    start = [config.decoder_start_token_id]
-    if config.continuation_sentinel is not None:
-        start.append(tokenizer.sentinel_id(config.continuation_sentinel))
-    return tuple(start)
-
-
-def closing_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
-    """What ends an answer: CPM-2's second sentinel, otherwise the end mark.
-
-    Source: CPM-2's fine-tuning code, whose targets are <s_0> answer <s_1>.
-    """
-    if config.continuation_sentinel == 0 or not config.eos_token_ids:
-        return tokenizer.sentinel_id(1)
-    return config.eos_token_ids[0]
-
-
-class _Tokens:
-    """Reads with the tokenizer of a model."""
-
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
-        self._tokenizer = tokenizer
-        self._config = config
-
-    @property
-    def closing(self) -> Ids:
-        return (closing_id(self._tokenizer, self._config),)
-
-    def close(self, text: str) -> list[int]:
-        return encoder_ids(text, self._tokenizer, self._config)
-
-    def spell(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text)
-        if not ids or set(ids) & self._tokenizer.control_ids:
-            raise ValueError(f"the tokenizer cannot spell {text[:40]!r}")
-        return ids
-
-
 class _Maker:
     """Makes examples of the rows of one task."""
 
     def __init__(self, task: Task, reader: Reader, limit: int) -> None:
         self.task = task
         self.reader = reader
-        self.limit = min(task.max_input_tokens, limit)
         self.mark = reader.spell(task.mark)[-1:] if task.mark else []
         self.words: dict[str, Ids] = {}
         for label, words in task.labels.items():  # before any row: no row is to blame
@@ -196,16 +149,25 @@ class _Maker:
                     self.spell(word)
                 except ValueError as error:
                     raise ConfigError(f"task {task.name}, label {label!r}: {error}") from error
+        self.limit = min(task.max_input_tokens, limit - self._room())
+
+    def _room(self) -> int:
+        """Positions that an answer may take behind a text, where both are in one row."""
+        if not self.reader.is_decoder_only or self.task.continuation is not None:
+            return 0
+        if not self.task.labels:
+            return self.task.max_tokens
+        return 1 + max(map(len, self.words.values()))  # one for a space
 
     def make(self, row: Row) -> Example:
         task = self.task
         if task.kind == "rank":
             return self._make_ranking(row)
-        source = self._source(row.values)
         if task.kind == "choice":
-            return self._make_choice(row, source)
+            return self._make_choice(row)
+        text, source = self._source(row.values)
         reference = self._answer_text(row.values)[task.answer.skip :].strip()
-        ids = self.spell(reference)
+        ids = self.spell(reference, text)
         if len(ids) >= task.max_tokens:  # one more ends it
             raise ValueError(
                 f"the answer has {len(ids) + 1} tokens; max_tokens is {task.max_tokens}"
@@ -213,29 +175,88 @@ class _Maker:
         target = (*ids, *self.reader.closing)
         return Example(row.line, (source,), target=target, reference=reference)
 
-    def spell(self, word: str) -> Ids:
-        """Ids of a word. Raises ValueError if the tokenizer has none for a part of it."""
+    def spell(self, word: str, before: str = "") -> Ids:
+        """Ids of a word behind a text.
+
+        Raises ValueError if the tokenizer has none for a part of it.
+        """
+        if self.reader.is_decoder_only and needs_space(before, word):
+            word = f" {word}"
         if word not in self.words:
             self.words[word] = tuple(self.reader.spell(word))
         return self.words[word]
 
-    def _make_choice(self, row: Row, source: Ids) -> Example:
-        task, labels = self.task, tuple(self.task.labels)
-        words = tuple(tuple(map(self.spell, task.labels[label])) for label in labels)
+    def _make_choice(self, row: Row) -> Example:
+        task = self.task
+        told = self._told(row)
         value: Any = row.values[task.answer.column]
         if task.answer.choices_from is not None:
             items = row.values[task.answer.choices_from]
-            if not isinstance(items, list | tuple) or not items:
-                raise ValueError(f"{task.answer.choices_from} is no list of choices")
-            how = task.lists.get(task.answer.choices_from, ListFormat())
-            told = how.numbers[: len(items)] if how.numbers else [str(item) for item in items]
-            words = tuple((self.spell(one),) for one in told)
-            labels = tuple(str(place) for place in range(len(items)))
             value = items.index(value) if value in items else value
         label = str(value)
-        if label not in labels:
-            raise ValueError(f"label {label[:40]!r} is unknown; known: {', '.join(labels)}")
-        return Example(row.line, (source,), words, labels, labels.index(label))
+        if label not in told:
+            raise ValueError(f"label {label[:40]!r} is unknown; known: {', '.join(told)}")
+        told = self._draw(told, label, row.line)
+        labels = tuple(told)
+        answer = labels.index(label)
+        if task.continuation is not None:
+            sources, words = self._pairs(row.values, list(told.values()))
+            return Example(row.line, sources, words, labels, answer, is_paired=True)
+        text, source = self._source(row.values)
+        words = tuple(tuple(self.spell(word, text) for word in group) for group in told.values())
+        return Example(row.line, (source,), words, labels, answer)
+
+    def _told(self, row: Row) -> dict[str, tuple[str, ...]]:
+        """The words of each label that a row may have."""
+        task = self.task
+        if task.answer.choices_from is None:
+            return dict(task.labels)
+        items = row.values[task.answer.choices_from]
+        if not isinstance(items, list | tuple) or not items:
+            raise ValueError(f"{task.answer.choices_from} is no list of choices")
+        how = task.lists.get(task.answer.choices_from, ListFormat())
+        told = how.numbers[: len(items)] if how.numbers else [str(item) for item in items]
+        return {str(place): (one,) for place, one in enumerate(told)}
+
+    def _draw(
+        self, told: dict[str, tuple[str, ...]], label: str, line: int
+    ) -> dict[str, tuple[str, ...]]:
+        """The right label and some others, in their order; a row's are the same every time."""
+        others = [one for one in told if one != label]
+        if not self.task.candidates or len(others) < self.task.candidates:
+            return told
+        draw = random.Random(f"{self.task.seed} {line}")
+        kept = {label, *draw.sample(others, self.task.candidates - 1)}
+        return {one: words for one, words in told.items() if one in kept}
+
+    def _pairs(
+        self, values: Mapping[str, Any], told: Sequence[tuple[str, ...]]
+    ) -> tuple[tuple[Ids, ...], tuple[tuple[Ids, ...], ...]]:
+        """Sources of all words in order, and by label what follows each."""
+
+        def read(values: Mapping[str, Any]) -> list[list[tuple[Ids, Ids]]]:
+            return [[self._pair(dict(values) | {LABEL: word}) for word in words] for words in told]
+
+        def measure(values: Mapping[str, Any]) -> int:
+            pairs = [pair for group in read(values) for pair in group]
+            return max(len(source) + len(target) for source, target in pairs)
+
+        found = read(self._shorten(values, measure))
+        words = tuple(tuple(target for _, target in group) for group in found)
+        return tuple(source for group in found for source, _ in group), words
+
+    def _pair(self, values: Mapping[str, Any]) -> tuple[Ids, Ids]:
+        before = fill_template(self.task, values)
+        text = fill_template(self.task, values, self.task.continuation)
+        if before or not self.reader.is_decoder_only:
+            space = " " if self.reader.is_decoder_only and needs_space(before, text) else ""
+            pair = tuple(self.reader.close(before)), tuple(self.reader.follow(space + text))
+        else:  # the first token, or the mark before it, has nothing that it follows
+            ids = tuple(self.reader.close(text))
+            pair = ids[:1], ids[1:]
+        if not all(pair):
+            raise ValueError(f"the text {text[:40]!r} has no token to be scored")
+        return pair
 
     def _make_ranking(self, row: Row) -> Example:
         answer, values = self.task.answer, row.values
@@ -248,9 +269,12 @@ class _Maker:
                 raise ValueError(f"{answer.column} and {answer.gains} must be lists")
         if len(texts) < 2 or len(texts) != len(gains):
             raise ValueError(f"{len(texts)} texts with {len(gains)} gains; two or more of each")
-        sources = tuple(self._source(dict(values) | {"text": text}) for text in texts)
-        words = tuple(tuple(map(self.spell, words)) for words in self.task.labels.values())
-        return Example(row.line, sources, words, tuple(self.task.labels), gains=tuple(gains))
+        found = [self._source(dict(values) | {"text": text}) for text in texts]
+        (words,) = self.task.labels.values()
+        # of a decoder-only model the words are the same after each text: as after the first
+        spelled = tuple(self.spell(word, found[0][0]) for word in words)
+        sources = tuple(source for _, source in found)
+        return Example(row.line, sources, (spelled,), tuple(self.task.labels), gains=tuple(gains))
 
     def _answer_text(self, values: Mapping[str, Any]) -> str:
         text = str(values[self.task.answer.column])
@@ -258,26 +282,34 @@ class _Maker:
             raise ValueError(f"{self.task.answer.column} is empty")
         return text
 
-    def _source(self, values: Mapping[str, Any]) -> Ids:
+    def _source(self, values: Mapping[str, Any]) -> tuple[str, Ids]:
+        """The text of a row and its ids."""
+        values = self._shorten(values, lambda given: len(self._encode(given)))
         ids = self._encode(values)
-        column = self.task.cut
-        if len(ids) > self.limit and column is not None:
-            longest = self.limit * MOST_CHARS
-            low, high = 0, min(len(str(values[column])), longest)  # the longest beginning that fits
-            while low < high:
-                middle = (low + high + 1) // 2
-                shorter = dict(values) | {column: str(values[column])[:middle]}
-                low, high = (
-                    (middle, high)
-                    if len(self._encode(shorter)) <= self.limit
-                    else (low, middle - 1)
-                )
-            ids = self._encode(dict(values) | {column: str(values[column])[:low]})
-        if len(ids) > self.limit:
-            raise ValueError(f"the text has {len(ids)} tokens; the limit is {self.limit}")
         if self.mark and self.mark[0] not in ids:
             raise ValueError(f"the text has no token {self.task.mark!r}, which marks the middle")
-        return tuple(ids)
+        return fill_template(self.task, values), tuple(ids)
+
+    def _shorten(
+        self, values: Mapping[str, Any], measure: Callable[[Mapping[str, Any]], int]
+    ) -> Mapping[str, Any]:
+        """The values, of the column that is cut the longest beginning that fits.
+
+        Raises ValueError if there is none.
+        """
+        size, column = measure(values), self.task.cut
+        if size > self.limit and column is not None:
+            text = str(values[column])
+            low, high = 0, min(len(text), self.limit * MOST_CHARS)
+            while low < high:
+                middle = (low + high + 1) // 2
+                size = measure(dict(values) | {column: text[:middle]})
+                low, high = (middle, high) if size <= self.limit else (low, middle - 1)
+            values = dict(values) | {column: text[:low]}
+            size = measure(values)
+        if size > self.limit:
+            raise ValueError(f"the text has {size} tokens; the limit is {self.limit}")
+        return values
 
     def _encode(self, values: Mapping[str, Any]) -> list[int]:
         return self.reader.close(fill_template(self.task, values))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ class Row(NamedTuple):
 
 
 READERS = (".csv", ".tsv", ".jsonl", ".json")
+BLANK = re.compile(r"#idiom\d*#")  # of ChID; with a number where the answers are in another file
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -74,17 +76,29 @@ def _read_csv(path: Path, text: str) -> Iterator[Row]:
 
 
 def _read_lines(path: Path, text: str) -> Iterator[Row]:
+    answers: dict[str, Any] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: is no JSON: {error}") from error
-            yield Row(number, _object(path, number, values))
+            values = _object(path, number, values)
+            if _is_chid(values):
+                answers = answers or ({} if "groundTruth" in values else _chid_answers(path))
+                yield from _open_chid(path, number, values, answers)
+            else:
+                yield Row(number, values)
 
 
 def _read_array(path: Path, text: str) -> Iterator[Row]:
-    """A JSON array of objects, or C3's own form; the line is the number of the item."""
+    """A JSON array of objects, or C3's own form; the line is the number of the item.
+
+    Many data sets have lines of objects in files that are named so.
+    """
+    if text.lstrip().startswith("{"):
+        yield from _read_lines(path, text)
+        return
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -105,6 +119,48 @@ def _open_c3(path: Path, number: int, item: list[Any]) -> Iterator[Row]:
         raise ValueError(f"{path}, line {number}: expected an object, or [[text], [questions], id]")
     for question in item[1]:
         yield Row(number, {"text": "\n".join(item[0])} | _object(path, number, question))
+
+
+def _is_chid(values: dict[str, Any]) -> bool:
+    texts = values.get("content"), values.get("candidates")
+    return all(texts) and BLANK.search(str(texts[0])) is not None
+
+
+def _open_chid(
+    path: Path, number: int, values: dict[str, Any], answers: dict[str, Any]
+) -> Iterator[Row]:
+    """ChID's texts with blanks: a row for each blank, the other blanks left out of its text.
+
+    Right answers and candidates stand beside the text, for each blank; or the candidates are for
+    all blanks of several texts, and NAME_answer.json tells the place of the right one by blank.
+
+    Source: ChID (arXiv:1906.01265), the published files of it and of its competition.
+    """
+    contents, candidates = values["content"], values["candidates"]
+    contents = [contents] if isinstance(contents, str) else contents
+    truth = values.get("groundTruth")
+    place = 0
+    for content in contents:
+        for blank in BLANK.finditer(str(content)):
+            try:
+                listed = candidates if truth is None else candidates[place]
+                answer = answers[blank[0]] if truth is None else truth[place]
+            except (KeyError, IndexError) as error:
+                raise ValueError(f"{path}, line {number}: no answer for {blank[0]}") from error
+            before, after = content[: blank.start()], content[blank.end() :]
+            parts = {"before": BLANK.sub("", before), "after": BLANK.sub("", after)}
+            yield Row(number, parts | {"candidates": listed, "answer": answer})
+            place += 1
+
+
+def _chid_answers(path: Path) -> dict[str, Any]:
+    """The places of right answers by blank, in the file beside the texts."""
+    beside = path.with_name(f"{path.stem}_answer.json")
+    try:
+        values = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{beside}: cannot be read as JSON, the answers of {path.name}") from error
+    return _object(beside, 1, values)
 
 
 def _object(path: Path, number: int, values: Any) -> dict[str, Any]:

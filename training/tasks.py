@@ -23,6 +23,7 @@ METRICS: dict[Kind, tuple[Metric, ...]] = {
     "rank": ("mrr", "ndcg"),
 }
 MIDDLE = "middle"  # the field of a template where vectors of the middle go
+LABEL = "label"  # where the words of a label go, in a task with a continuation
 FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 FOLDER = Path(__file__).parent / "task_files"
 
@@ -58,7 +59,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A task. `labels` maps a value of the answer's column to the words that stand for it."""
+    """A task. `labels` maps a value of the answer's column to the words that stand for it.
+
+    Words of labels are scored as what follows the template. With a `continuation`, another
+    template, that is what is scored, and {label} in either of the two stands for the words: which
+    makes the text likeliest. Of a text that has nothing before it a decoder-only model scores all
+    but the first token. With `candidates` each row is asked for so many labels only: the right one
+    and others drawn by `seed`.
+    """
 
     name: str
     kind: Kind
@@ -69,6 +77,9 @@ class Task:
     lists: Mapping[str, ListFormat] = field(default_factory=dict)
     by: By = "total"  # how words of several tokens compare: sums of log-probabilities, or means
     loss: Loss = "words"
+    continuation: str | None = None
+    candidates: int = 0
+    seed: int = 0
     cut: str | None = None  # the column that is shortened where a text is too long
     max_input_tokens: int = 512
     max_tokens: int = 64
@@ -92,6 +103,7 @@ class Task:
         if self.temperature <= 0:
             raise ConfigError(f"temperature is {self.temperature}; it must be above 0")
         self._check_answers()
+        self._check_continuation()
         if self.template.count("{middle}") > 1:
             raise ConfigError("the template has {middle} more than once")
         if "{middle}" in self.template and not self.mark:
@@ -110,6 +122,20 @@ class Task:
         if empty := [label for label, words in self.labels.items() if not words or "" in words]:
             raise ConfigError(f"label {empty[0]!r} has no words, or an empty one")
 
+    def _check_continuation(self) -> None:
+        if type(self.candidates) is not int or self.candidates < 0 or self.candidates == 1:
+            raise ConfigError(f"candidates is {self.candidates!r}; it must be 0 (all) or 2 or more")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number, 0 or more")
+        if self.kind != "choice" and (self.continuation is not None or self.candidates):
+            raise ConfigError("continuation and candidates are for a choice")
+        if self.continuation is None:
+            return
+        if "{label}" not in self.template + self.continuation:
+            raise ConfigError("with a continuation, it or the template needs {label}")
+        if "{middle}" in self.continuation or not self.continuation:
+            raise ConfigError("continuation is empty or has {middle}; that is for the template")
+
     @property
     def mark(self) -> str:
         """The character before {middle}, after which the vectors of the middle go."""
@@ -119,7 +145,10 @@ class Task:
 
     def columns(self) -> tuple[str, ...]:
         """The columns that a row needs, in the order of the template."""
-        found = [name for name in FIELD.findall(self.template) if name != MIDDLE]
+        text, given = self.template, {MIDDLE}
+        if self.continuation is not None:
+            text, given = text + self.continuation, {MIDDLE, LABEL}
+        found = [name for name in FIELD.findall(text) if name not in given]
         answer = self.answer
         wanted = [*found, answer.column, answer.choices_from, answer.gains, answer.negatives]
         if self.kind == "rank":  # the texts that are ranked are written as {text}

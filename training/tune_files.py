@@ -33,18 +33,7 @@ def write_adapter(
     folder: Path, prompt_PD: Tensor, config: ModelConfig, facts: AdapterFacts
 ) -> None:
     """Write an adapter; the folder appears when it is complete, and replaces an older one."""
-    peft = {
-        "base_model_name_or_path": facts.base_name,
-        "inference_mode": True,
-        "num_attention_heads": config.num_heads,
-        "num_layers": config.num_encoder_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": len(prompt_PD),
-        "peft_type": "PROMPT_TUNING",
-        "prompt_tuning_init": "RANDOM",
-        "task_type": "SEQ_2_SEQ_LM",
-        "token_dim": config.d_model,
-    }
+    peft = peft_config(config, len(prompt_PD), facts.base_name)
     ours: dict[str, Any] = {
         "slots": {name: value for name, value in asdict(facts.slots).items() if value},
         "version": facts.version,
@@ -66,3 +55,20 @@ def write_adapter(
     shutil.rmtree(folder, ignore_errors=True)
     staging.replace(folder)
     sync(folder.parent)
+
+
+def peft_config(config: ModelConfig, num_vectors: int, base_name: str | None) -> dict[str, Any]:
+    """What PEFT is to know of a prompt of so many vectors."""
+    is_decoder_only = config.is_decoder_only
+    return {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_decoder_layers if is_decoder_only else config.num_encoder_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": num_vectors,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "task_type": "CAUSAL_LM" if is_decoder_only else "SEQ_2_SEQ_LM",
+        "token_dim": config.d_model,
+    }

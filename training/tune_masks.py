@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.model.layers import mask_bias
+from engine.model.masks import mask_bias
 from engine.model.transformer import Transformer
 
 Mask = Literal["full", "prompt_blind", "text_blind"]

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.adapters import Slots
+from engine.config import ModelConfig
+from engine.errors import ConfigError
 from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer
-from training.task_examples import Example, Ids, decoder_start
+from training.task_examples import Example
+from training.task_readers import Ids, decoder_start
 from training.tasks import Task
 from training.tune_masks import Mask, encode_masked
 
@@ -33,18 +36,30 @@ class SoftPrompt(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """What the encoder made of some texts, and where they are no padding."""
+    """What the encoder made of some texts, and where they are no padding.
+
+    Of a decoder-only model its context. `starts` is what the decoder reads first after each.
+    """
 
     states_BSD: Tensor
     segments_BS: Tensor
+    starts: tuple[Ids, ...]
 
 
 class Scorer:
-    """A model with or without a prompt, asked for likelihoods and answers."""
+    """A model with or without a prompt, asked for likelihoods and answers.
+
+    Of a text the last token is what a decoder-only model reads first when it answers.
+    """
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, prompt: SoftPrompt | None = None
     ) -> None:
+        """Raise ConfigError for a prompt that the model cannot have."""
+        if prompt is not None:
+            check_slots(prompt.slots, model.config)
+            if model.config.is_decoder_only and prompt.mask != "full":
+                raise ConfigError(f"mask {prompt.mask} is for encoders; the model has none")
         self.model = model
         self.tokenizer = tokenizer
         self.prompt = prompt
@@ -54,10 +69,14 @@ class Scorer:
         """Encode texts with the vectors among them."""
         device, pad = self.model.embedding.weight.device, self.model.config.pad_token_id
         slots = self.prompt.slots if self.prompt else Slots()
+        starts = (self.start,) * len(sources)
+        if not self.start:
+            starts = tuple(ids[-1:] for ids in sources)
+            sources = [ids[:-1] for ids in sources]
         rows, places = zip(*(lay_out(ids, slots, pad) for ids in sources), strict=True)
         tokens_BS, segments_BS = _padded(rows, pad, device)
         if self.prompt is None:
-            return Encoded(self.model.encode(tokens_BS, segments_BS), segments_BS)
+            return Encoded(self.model.encode(tokens_BS, segments_BS), segments_BS, starts)
         x_BSD = self.model.embedding(tokens_BS)
         length = tokens_BS.shape[1]
         flat = [row * length + place for row, found in enumerate(places) for place in found]
@@ -68,8 +87,8 @@ class Scorer:
             vectors_BS = torch.zeros_like(segments_BS, dtype=torch.bool)
             vectors_BS.view(-1)[flat_N] = True
             states_BSD = encode_masked(self.model, x_BSD, segments_BS, vectors_BS, self.prompt.mask)
-            return Encoded(states_BSD, segments_BS)
-        return Encoded(self.model.encode(tokens_BS, segments_BS, x_BSD), segments_BS)
+            return Encoded(states_BSD, segments_BS, starts)
+        return Encoded(self.model.encode(tokens_BS, segments_BS, x_BSD), segments_BS, starts)
 
     def target_logprobs(
         self, encoded: Encoded, which: Sequence[int], targets: Sequence[Ids]
@@ -82,11 +101,12 @@ class Scorer:
         read = [(one, ids[:-1]) for one, ids in zip(which, targets, strict=True)]
         rows = {pair: row for row, pair in enumerate(dict.fromkeys(read))}
         which_B = torch.tensor([one for one, _ in rows], device=device)
-        tokens_BT, segments_BT = _padded([(*self.start, *ids) for _, ids in rows], pad, device)
+        given = [(*encoded.starts[one], *ids) for one, ids in rows]
+        tokens_BT, segments_BT = _padded(given, pad, device)
         hidden_BTD = self.model.decode(
             tokens_BT, segments_BT, encoded.states_BSD[which_B], encoded.segments_BS[which_B]
         )
-        begin = len(self.start) - 1
+        begin = len(encoded.starts[0]) - 1
         parts = [
             row_TD[begin : begin + len(ids) + 1]
             for row_TD, (_, ids) in zip(hidden_BTD, rows, strict=True)
@@ -103,22 +123,18 @@ class Scorer:
 
         A label has the probability of all its words together.
         """
-        sources = [source for example in examples for source in example.sources]
-        encoded = self.encode(sources)
-        which: list[int] = []
-        targets: list[Ids] = []
-        sizes: list[int] = []  # words of each label of each source
-        source = 0
-        for example in examples:
-            for _ in example.sources:
-                for words in example.words:
-                    sizes.append(len(words))
-                    targets += words
-                    which += [source] * len(words)
-                source += 1
-        found = self.target_logprobs(encoded, which, targets)
-        labels = join_words(found, sizes, task)
-        return list(torch.split(labels, [len(e.sources) * len(e.words) for e in examples]))
+        sources = {source: 0 for example in examples for source in example.sources}
+        sources = {source: row for row, source in enumerate(sources)}  # the same is read once
+        asked = [example.asked() for example in examples]
+        words = [
+            [(sources[example.sources[number]], ids) for number, ids in group]
+            for example, groups in zip(examples, asked, strict=True)
+            for group in groups
+        ]
+        which, targets = zip(*(pair for group in words for pair in group), strict=True)
+        found = self.target_logprobs(self.encode(list(sources)), which, targets)
+        labels = join_words(found, [len(group) for group in words], task)
+        return list(torch.split(labels, [len(groups) for groups in asked]))
 
     def loss(self, examples: Sequence[Example], task: Task) -> tuple[Tensor, int]:
         """What training minimises, summed, and how much it is the sum of.
@@ -140,8 +156,8 @@ class Scorer:
                 for example, score_L in zip(examples, scores, strict=True)
             ]
             return torch.stack(losses).sum(), len(examples)
-        targets = [e.target or e.words[e.answer][0] for e in examples]
-        encoded = self.encode([example.sources[0] for example in examples])
+        sources, targets = zip(*(example.right for example in examples), strict=True)
+        encoded = self.encode(sources)
         found = torch.cat(self.target_logprobs(encoded, range(len(targets)), targets))
         return -found.sum(), len(found)
 
@@ -151,9 +167,9 @@ class Scorer:
         encoded = self.encode(sources)
         device = encoded.states_BSD.device
         ends, never = self._marks()
-        capacity = len(self.start) + max_tokens
+        capacity = len(encoded.starts[0]) + max_tokens
         cache = self.model.start_cache(encoded.states_BSD, encoded.segments_BS, capacity)
-        tokens_BT = torch.tensor([self.start] * len(sources), device=device)
+        tokens_BT = torch.tensor(encoded.starts, device=device)
         answers: list[list[int]] = [[] for _ in sources]
         is_open = [True] * len(sources)
         for _ in range(max_tokens):
@@ -186,6 +202,15 @@ def join_words(found: Sequence[Tensor], sizes: Sequence[int], task: Task) -> Ten
     is_mean = task.by == "mean"
     words_N = torch.stack([one.mean() if is_mean else one.sum() for one in found])
     return torch.stack([part.logsumexp(0) for part in torch.split(words_N, list(sizes))])
+
+
+def check_slots(slots: Slots, config: ModelConfig) -> None:
+    """Raise ConfigError for vectors where a model cannot have any."""
+    if slots.back and config.is_decoder_only:
+        raise ConfigError(
+            f"{slots.back} vectors are behind the text; a decoder-only model takes them in front "
+            "of it or within"
+        )
 
 
 def lay_out(ids: Sequence[int], slots: Slots, pad: int) -> tuple[list[int], list[int]]:
@@ -224,6 +249,7 @@ def _shares(example: Example, like_L: Tensor) -> Tensor:
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
+    padded = [[*row, *[pad] * (longest - len(row))] for row in rows]
+    ids = torch.tensor(padded, dtype=torch.int64, device=device)  # also of no tokens at all
     lengths = torch.tensor([[len(row)] for row in rows], device=device)
     return ids, (torch.arange(longest, device=device) < lengths).long()

@@ -27,7 +27,7 @@ from training.task_examples import make_slots, read_examples
 from training.tasks import Task, open_task
 from training.tune import OnStep, TuneData, TuneSettings, tune
 from training.tune_files import AdapterFacts, write_adapter
-from training.tune_model import Scorer, SoftPrompt
+from training.tune_model import Scorer, SoftPrompt, check_slots
 from training.tune_start import STARTS, start_prompt
 
 
@@ -115,6 +115,8 @@ def run_tune(plan: TunePlan, on_step: OnStep = lambda _: None) -> Outcome:
     tokenizer = open_tokenizer(plan.model, config.tokenizer)
     slots = _slots(plan, config, tokenizer)
     vectors = slots.num_vectors if slots else 0
+    if slots is not None:
+        check_slots(slots, config)
     train = read_examples(plan.data, task, tokenizer, config, vectors)
     dev = read_examples(plan.dev, task, tokenizer, config, vectors) if plan.dev else []
     with open_model(plan.model, plan.dtype, plan.experts_bytes) as model:

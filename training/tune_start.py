@@ -14,7 +14,8 @@ from engine.adapters import Slots, load_adapter, model_fingerprint
 from engine.errors import ConfigError
 from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer
-from training.task_examples import Example, Ids
+from training.task_examples import Example
+from training.task_readers import Ids
 from training.tasks import FIELD, Task
 from training.tune_model import SoftPrompt
 
