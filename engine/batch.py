@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.cache import RowCache
 from engine.errors import EngineError
 from engine.generation import Generation, tell_prompt
+from engine.model.masks import MASK_QUERIES
 from engine.model.transformer import Transformer
 from engine.request import Event, Failed, Finished, Request, TokenLogprob
 from engine.sampling import GreedyChoice, choose_token, tell_logprob
@@ -23,6 +24,7 @@ from offload.pipeline import PipelineStats
 logger = logging.getLogger(__name__)
 
 MAX_PREFIX = 2  # a start mark and a sentinel, before the ids of a request
+READ_TOKENS = MASK_QUERIES  # of prefixes that rows read together, for their mask
 # What one row may be blamed for; anything else is our own mistake and ends the engine.
 ROW_ERRORS = (EngineError, RuntimeError, MemoryError)
 
@@ -148,9 +150,10 @@ class Batch:
         begin = len(self.rows)
         try:
             self._cache.append(
-                encoded_BSD[torch.tensor(which, device=encoded_BSD.device)],
+                encoded_BSD,
                 [row.request.source.num_positions for row in rows],
                 [len(row.generation.prefix) + row.request.params.max_tokens for row in rows],
+                which,
             )
         except ROW_ERRORS as error:
             self._on_error(error)
@@ -164,10 +167,13 @@ class Batch:
             for row, i in zip(rows, which, strict=True):
                 outcomes += self.join([row], encoded_BSD, [i])
             return outcomes
-        for _, group in groupby(rows, key=lambda row: len(row.generation.prefix)):
+        for length, group in groupby(rows, key=lambda row: len(row.generation.prefix)):
             prefixes = [row.generation.prefix for row in group]
-            outcomes += self._advance(begin, prefixes)
-            begin += len(prefixes)
+            at_once = max(READ_TOKENS // length, 1)
+            for first in range(0, len(prefixes), at_once):
+                some = prefixes[first : first + at_once]
+                outcomes += self._advance(begin, some)
+                begin += len(some)
         self._let_go(outcomes)
         return outcomes
 
@@ -213,7 +219,7 @@ class Batch:
         cache = self._cache.view(begin, end)
         lengths_B = cache.lengths_B.clone()
         try:
-            states_BTD = self._model.step(tokens_BT, cache)
+            states_BTD = self._model.read_on(tokens_BT, cache)
             scores_BV = self._model.logits(states_BTD[:, -1])
         except ROW_ERRORS as error:
             self._on_error(error)

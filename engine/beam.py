@@ -153,6 +153,7 @@ def _start(
         [values.expand(wide) for values in cache.cross_values],
         cache.cross_bias.expand(wide),
         cache.lengths_B.repeat(num_beams),
+        cache.longest,
     )
 
 

@@ -55,15 +55,23 @@ class RowCache:
         shape = self._shape_for(len(self) + len(sources), max(capacities), max(sources))
         return self._bytes_while_growing(shape) <= self._limit_bytes
 
-    def append(self, encoded_BSD: Tensor, sources: list[int], capacities: list[int]) -> None:
-        """Add B rows: encoder outputs, of which row b has `sources[b]` real positions.
+    def append(
+        self,
+        encoded_BSD: Tensor,
+        sources: list[int],
+        capacities: list[int],
+        which: list[int] | None = None,
+    ) -> None:
+        """Add rows: encoder outputs, of which row b has `sources[b]` real positions.
 
-        `capacities` are the decoder positions that each may fill. Where it raises, for want of
-        memory say, nothing was added.
+        `capacities` are the decoder positions that each may fill. Row b reads output `which[b]`, or
+        its own. Where it raises, for want of memory say, nothing was added.
         """
+        which = list(range(len(sources))) if which is None else which
         if self._model.config.is_decoder_only:
-            self._append_context(encoded_BSD, sources, capacities)
+            self._append_context(encoded_BSD, sources, capacities, which)
             return
+        encoded_BSD = encoded_BSD[torch.tensor(which, device=self._device)]
         begin, end = len(self), len(self) + len(sources)
         longest = max(sources)
         self._reserve(end, max(capacities), longest)
@@ -81,14 +89,18 @@ class RowCache:
         self._filled += [0] * len(sources)
 
     def _append_context(
-        self, context_BSW: Tensor, sources: list[int], capacities: list[int]
+        self, context_BSW: Tensor, sources: list[int], capacities: list[int], which: list[int]
     ) -> None:
-        """Add rows of a decoder-only model, with what it has read of each."""
-        begin, end, longest = len(self), len(self) + len(sources), max(sources)
+        """Add rows of a decoder-only model, with what it has read of each.
+
+        Row by row: what all have read may be as large as the arena.
+        """
+        begin, end = len(self), len(self) + len(sources)
         nothing, capacities = self._lanes(sources, capacities)
         self._reserve(end, max(capacities), 0)
-        context = arena_of(context_BSW[:, :longest], self._model.config)
-        self._self[:, :, begin:end, :longest] = context
+        context = arena_of(context_BSW, self._model.config)
+        for row, (i, source) in enumerate(zip(which, sources, strict=True), begin):
+            self._self[:, :, row, :source] = context[:, :, i, :source]
         self._lengths[begin:end] = torch.tensor(sources, device=self._device)
         self._sources += nothing
         self._capacities += capacities

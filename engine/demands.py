@@ -32,6 +32,9 @@ def check_task(request: Request, config: ModelConfig) -> None:
     task = request.task
     if isinstance(task, BeamParams):
         require_no_blanks(request)
+    if isinstance(task, Pooling) and config.is_decoder_only:
+        text = "a decoder-only model has no encoder whose output would be a vector of a text"
+        raise RequestError(f"{text}: embeddings are there for models with an encoder", "input")
     if not isinstance(task, Continuations):
         return
     if not task.choices or not all(task.choices):
@@ -43,7 +46,7 @@ def check_task(request: Request, config: ModelConfig) -> None:
     limit = config.max_prompt_tokens
     longest = max(map(len, task.choices)) + len(request.decoder_ids)
     if config.is_decoder_only:
-        longest += request.source.num_positions + request.num_held
+        longest += request.num_prompt_positions
     if longest > limit:
         raise RequestError(f"a choice has {longest} tokens; the limit is {limit}", "choices")
     if not 0 <= task.top <= MAX_LOGPROBS:

@@ -138,8 +138,8 @@ def num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def _key(request: Request) -> _Key | None:
-    if request.salt is None:
-        return None
+    if request.salt is None or not request.source.num_positions:
+        return None  # to read nothing costs nothing
     adapter = request.adapter
     name, slots = (adapter.reference, adapter.slots) if adapter else ("", None)
     return _Key(request.salt, request.source.ids, name, slots)

@@ -233,7 +233,7 @@ class Engine(Generic[J]):
             logger.exception("%s failed at its start", jobs[0].request.request_id)
             return [(jobs[0], _failed(error))]
         for job in jobs:
-            accounts = Accounts(now - job.submitted, 0.0, moved, len(job.request.encoder_ids))
+            accounts = Accounts(now - job.submitted, 0.0, moved, len(job.request.source.ids))
             members.append((job, accounts))
         return self._join(members, encoded_BSD, list(range(len(members))))
 

@@ -16,8 +16,10 @@ from engine.checkpoint_tensors import Shape
 from engine.checkpoint_writer import dense_shapes
 from engine.config import ModelConfig
 from engine.errors import ConfigError
+from engine.model.masks import MASK_QUERIES
 from engine.model.packed import PACKED_BLOCK, PACKED_TYPES
 from engine.model.quantized import CHUNK_OUTPUTS
+from engine.model.rotary import TABLE_STEP
 from offload.layout import round_up
 
 PREFIX_TOKENS = 2  # the start id and the sentinel that the decoder answers to
@@ -163,20 +165,25 @@ def workspace_bytes(
 def _decoder_only_bytes(config: ModelConfig, dtype: torch.dtype, workload: Workload) -> int:
     """The same of a decoder-only model, which reads as many prompts at once as a sweep may have.
 
-    Reading: mask, S*S thrice; per token as above, and the context. Decoding: scores of V, the mask.
+    Reading: a part of the mask, as index, as bools and as bias, that again for each head that has a
+    copy; per token as above, and the context. Decoding: scores of V, the mask. For both: angles.
     """
     size, source = dtype.itemsize, workload.source_tokens
-    rows = max(min(workload.rows, SWEEP_TOKENS // source), 1)
+    num_tokens = max(min(workload.rows * source, SWEEP_TOKENS), source)
     inner = config.num_heads * config.d_kv
     context = 2 * config.num_decoder_layers * config.kv_heads * config.d_kv
     most = config.num_experts_per_token
     wide = max(config.d_ff, config.shared_d_ff, most * config.expert_width)
     widths = (6 + 2 * most) * config.d_model + 6 * inner + 3 * wide
-    mask = rows * source**2 * (2 * size + 2) + source**2 * INDEX_BYTES
-    tokens = rows * source * ((widths + 2 * context) * size + 2 * config.d_model * FLOAT_BYTES)
+    groups = config.num_heads // config.kv_heads
+    copies = config.num_heads if config.attention_sinks else groups if groups > 1 else 0
+    per_key = INDEX_BYTES + 3 + size * (1 + len({0, *config.windows}) + copies)
+    mask = num_tokens * min(source, MASK_QUERIES) * per_key
+    angles = 2 * config.d_kv * (size + FLOAT_BYTES) * round_up(source + TABLE_STEP, TABLE_STEP)
+    tokens = num_tokens * ((widths + 2 * context) * size + 2 * config.d_model * FLOAT_BYTES)
     keys = (source + workload.target_tokens) * (2 * size + INDEX_BYTES)
     step = config.vocab_size * (size + 5 * INDEX_BYTES) + keys + widths * size
-    return mask + tokens + workload.rows * step
+    return mask + tokens + angles + workload.rows * step
 
 
 def _dequantized_bytes(

@@ -318,7 +318,7 @@ def generate(
     encoded = perf_counter()
     tokens_BT = torch.tensor([row.prefix], device=device)
     while row.finish is None:
-        hidden_BTD = model.step(tokens_BT, cache)
+        hidden_BTD = model.read_on(tokens_BT, cache)
         logits_V = model.logits(hidden_BTD[0, -1])
         if not row.num_tokens and params.prompt_logprobs is not None:
             yield tell_prompt(model, row, hidden_BTD[0])

@@ -202,6 +202,11 @@ class Request:
             return Source(self.encoder_ids, self.adapter)
         return Source(self.encoder_ids[: -self.num_held], self.adapter)
 
+    @property
+    def num_prompt_positions(self) -> int:
+        """Positions of the whole prompt and of its adapter's vectors, read at first or held."""
+        return self.source.num_positions + self.num_held
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -266,7 +266,7 @@ def count_usage(
     prompts: Sequence[Request], completion_tokens: int, cached_tokens: int = 0
 ) -> Usage:
     """Accounts of some prompts, each of which counts once."""
-    encoder = sum(request.source.num_positions for request in prompts)
+    encoder = sum(request.num_prompt_positions for request in prompts)
     decoder = sum(map(given_tokens, prompts))
     return Usage(
         prompt_tokens=encoder + decoder,

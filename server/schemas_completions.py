@@ -46,9 +46,10 @@ class PromptedBody(GenerationBody):
     )
     echo: bool = Field(
         default=False,
-        description="Begin the text with the decoder prompt. With logprobs and without a decoder "
-        "prompt, the prompt itself is given to the decoder, and nothing to the encoder, so that "
-        "each of its tokens has a log-probability.",
+        description="Begin the text with the decoder prompt; of a decoder-only model with the "
+        "prompt itself, then that. With logprobs and without a decoder prompt, the prompt itself "
+        "is given to the decoder, and nothing to the encoder, so that each of its tokens has a "
+        "log-probability.",
     )
 
     def check_prompted(self, max_tokens: int) -> None:

@@ -13,6 +13,7 @@ from server.jobs import Wording
 from server.logprobs import TokenNames
 from server.orders import Clerk, Prompt, find_constraint, new_id
 from server.parts import Head, Order
+from server.protocol import Engine
 from server.schemas_generation import GenerationBody, bad_field
 
 G = TypeVar("G", bound=GenerationBody)
@@ -123,10 +124,17 @@ def make_order(
     """All requests for a draft. Raises RequestError if one of them can never be served."""
     clerk = Clerk(gateway.engine, admission, reply_id, gateway.settings.max_prompt_chars)
     order = clerk.order(admission.body, draft.prompts, params, draft.decoder_prompt)
-    echo: tuple[str, ...] = ()
-    if draft.has_echo:
-        given = draft.prompts if draft.is_scoring_prompts else [draft.decoder_prompt]
-        tokenizer = gateway.engine.tokenizer
-        texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given]
-        echo = tuple(texts if draft.is_scoring_prompts else texts * len(draft.prompts))
+    echo = find_echo(draft, gateway.engine) if draft.has_echo else ()
     return replace(order, echo=echo, is_silent=draft.max_tokens == 0)
+
+
+def find_echo(draft: Draft, engine: Engine) -> tuple[str, ...]:
+    """What the text for each prompt begins with: all that the decoder reads and has not made."""
+
+    def text_of(given: Prompt) -> str:
+        return given if isinstance(given, str) else engine.tokenizer.decode(given)
+
+    decoder_prompt = text_of(draft.decoder_prompt)
+    if draft.is_scoring_prompts or engine.config.is_decoder_only:
+        return tuple(text_of(prompt) + decoder_prompt for prompt in draft.prompts)
+    return (decoder_prompt,) * len(draft.prompts)

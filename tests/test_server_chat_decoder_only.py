@@ -74,6 +74,32 @@ def test_completions_have_it_put_in_front(ask, engine, tokenizer):
     assert list(engine.submitted[-1].encoder_ids) == [0, *tokenizer.encode("ab")]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_repeats_the_prompt_and_then_the_decoder_prompt(engine, stream):
+    client = TestClient(create_app(engine, Settings()))
+
+    def echoed(body):
+        body = {"prompt": ["ab", "cd"], "echo": True, "stream": stream, **body}
+        reply = client.post("/v1/completions", json=body)
+        if not stream:
+            return [choice["text"] for choice in reply.json()["choices"]]
+        lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: {")]
+        parts = [choice for line in lines for choice in json.loads(line)["choices"]]
+        return ["".join(p["text"] for p in parts if p["index"] == i) for i in (0, 1)]
+
+    plain = echoed({"echo": False})
+    assert echoed({}) == ["ab" + plain[0], "cd" + plain[1]]
+    assert echoed({"decoder_prompt": "x"}) == ["abx" + plain[0], "cdx" + plain[1]]
+
+
+@pytest.mark.parametrize("asked", [{}, {"echo": True, "logprobs": 1, "max_tokens": 0}])
+def test_all_tokens_of_the_prompt_are_counted(engine, asked):
+    client = TestClient(create_app(engine, Settings()))
+    usage = client.post("/v1/completions", json={"prompt": [5, 6, 7], **asked}).json()["usage"]
+    assert usage["prompt_tokens"] == 3
+    assert usage["prompt_tokens_details"]["encoder_tokens"] == 3
+
+
 def test_the_mark_of_the_beginning_may_be_left_out(engine, tokenizer):
     client = TestClient(create_app(engine, Settings()))
     body = {"prompt": "ab<|im_end|>", "add_special_tokens": False}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from engine.config import ModelConfig
 from engine.model.layers import Bias, Linear, RMSNorm, make_norm
+from engine.model.masks import CausalMask
 from engine.model.rotary import Turn, rotate
 from engine.model.spans import attend_spans
 
@@ -173,13 +174,21 @@ def attend(
     scale: float = 1.0,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Attention with an additive bias that broadcasts to (B, H, T, S), or in spans.
+    """Attention with an additive bias that broadcasts to (B, H, T, S), in parts or in spans.
 
     Neighbouring heads of queries may share a head of keys and values. Returns (B, T, H*K).
     """
     if isinstance(bias, list):
         some = partial(attend, scale=scale, sinks_H=sinks_H)
         return attend_spans(some, q_BHTK, k_BHSK, v_BHSK, bias)
+    if isinstance(bias, CausalMask):
+        parts = [
+            attend(
+                q_BHTK[:, :, some], k_BHSK[:, :, :keys], v_BHSK[:, :, :keys], part, scale, sinks_H
+            )
+            for some, keys, part in bias.parts()
+        ]
+        return torch.cat(parts, 1)
     bias = bias.to(q_BHTK.dtype)
     if sinks_H is not None:
         k_BHSK, v_BHSK, bias = _with_sinks(q_BHTK, k_BHSK, v_BHSK, bias, sinks_H)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
+from engine.model.masks import CausalMask
 from engine.model.packed import packed_product
 from engine.model.quantized import QuantizedMatrix
 from engine.model.spans import Span
 from engine.model.tiles import in_tiles, in_vectors, quantized_tile_rows
 
 Matrix = Tensor | QuantizedMatrix
-Bias = Tensor | list[Span]
+Bias = Tensor | CausalMask | list[Span]
 
 CLAMP, CLAMPED_SLOPE = 7.0, 1.702  # of gpt-oss' feed-forward
 
@@ -169,11 +170,6 @@ class FeedForward(nn.Module):
             self.wo.bias,
         )
         return x + feed_forward(self.norm(x), weights, self.config, self.tile_rows)
-
-
-def mask_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask: 0 where visible, else the lowest finite number (no NaN in a row of no key)."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 class RelativeBias(nn.Module):

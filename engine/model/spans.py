@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.model.masks import CausalMask
+
 SPAN_STEP = 64  # keys to which a length is rounded up, so that rows of like length go together
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | CausalMask], Tensor]
 
 
 class Span(NamedTuple):
@@ -21,7 +23,7 @@ class Span(NamedTuple):
     rows: slice
     queries: int
     keys: int
-    bias: Tensor
+    bias: Tensor | CausalMask
 
 
 def make_spans(

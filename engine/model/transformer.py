@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from engine.config import ModelConfig
 from engine.model.blocks import DecoderCache, StackModule, document_lengths, real_positions
 from engine.model.context import Context, Past, arena_of, document_positions
-from engine.model.layers import Bias, FeedForward, Linear, mask_bias
+from engine.model.layers import Bias, FeedForward, Linear
+from engine.model.masks import MASK_QUERIES, CausalMask, mask_bias
 from engine.model.moe import ExpertSource, ResidentExperts
 from engine.model.positions import PositionTable
 from engine.model.rotary import RotaryTable, Turn
-from engine.model.spans import make_spans, round_up_keys
+from engine.model.spans import Span, make_spans, round_up_keys
 from engine.model.tiles import STEP_ROWS, SWEEP_ROWS, in_tiles
 from engine.model.topk import AnyMoE
 
@@ -166,21 +167,20 @@ class Transformer(nn.Module):
     def _causal_biases(
         self, segments_BS: Tensor, position_BS: Tensor, past: Past | None, dtype: torch.dtype
     ) -> dict[int, Bias]:
-        """The mask of whole rows of documents, for each window; keys of the past come first."""
-        back_BSS = position_BS.unsqueeze(2) - position_BS.unsqueeze(1)
-        visible_BSS = (segments_BS.unsqueeze(1) == segments_BS.unsqueeze(2)) & (back_BSS >= 0)
-        if past is not None:
-            key_pos_P = torch.arange(past.capacity, device=segments_BS.device)
-            is_kept_B1P = (key_pos_P < past.lengths_B.unsqueeze(1)).unsqueeze(1)
-            back_BSP = position_BS.unsqueeze(2) - key_pos_P
-            back_BSS = torch.cat([back_BSP, back_BSS], 2)
-            visible_BSS = torch.cat([is_kept_B1P.expand_as(back_BSP), visible_BSS], 2)
-        nothing = torch.zeros(1, dtype=dtype, device=segments_BS.device)
-        biases = dict[int, Bias]()
+        """The mask of whole rows of documents, for each window; keys of the past come first.
+
+        A short one is made once for all layers, a long one in parts in each.
+        """
+        past_B, num_past = (None, 0) if past is None else (past.lengths_B, past.capacity)
+        biases, length = dict[int, Bias](), segments_BS.shape[1]
+        lengths = document_lengths(segments_BS) if self.is_invariant else []
         for window in self._windows():
-            near_BSS = visible_BSS & (back_BSS < window) if window else visible_BSS
-            near_B1SS = near_BSS.unsqueeze(1)
-            biases[window] = self._laid_out(nothing, near_B1SS, segments_BS, segments_BS)
+            mask = CausalMask(segments_BS, position_BS, past_B, num_past, window, dtype)
+            if self.is_invariant:
+                rows = [(slice(i, i + 1), n, n, mask.of_row(i, n)) for i, n in enumerate(lengths)]
+                biases[window] = [Span(*row) for row in rows if row[1]]
+            else:
+                biases[window] = mask.bias(slice(0, length)) if length <= MASK_QUERIES else mask
         return biases
 
     def _windows(self) -> set[int]:
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
                 layers = self._read_layers(tokens_BT, segments_BT, None, past, keeps=False)
                 return self.decoder.norm(_run(layers)[0])  # type: ignore[no-any-return]
             cache = self.start_cache(encoded_BSD, segments_BS, tokens_BT.shape[1])
-            return self.step(tokens_BT, cache)
+            return self.read_on(tokens_BT, cache)
         length = tokens_BT.shape[1]
         x_BTD, turn = self._embed(tokens_BT, document_positions(segments_BT), length)
         positions_T = torch.arange(length, device=tokens_BT.device)
@@ -290,6 +290,11 @@ class Transformer(nn.Module):
         cache.lengths_B += num_new
         cache.longest = needed
         return self.decoder.norm(x_BTD)  # type: ignore[no-any-return]
+
+    def read_on(self, tokens_BT: Tensor, cache: DecoderCache) -> Tensor:
+        """The same for many tokens, some at a time: each step makes a mask of its own."""
+        parts = [self.step(part, cache) for part in torch.split(tokens_BT, MASK_QUERIES, 1)]
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _step_biases(
         self, position_BT: Tensor, needed: int, cache: DecoderCache, dtype: torch.dtype
