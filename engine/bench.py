@@ -168,17 +168,19 @@ def offload_report(
 def decoder_bytes(model: Transformer) -> int:
     """Bytes of weights that one decoded token meets.
 
-    Decoder, one expert per layer, output layer; not what projects the encoder output, which is
-    read once for a text.
+    Decoder, the experts of a token in each layer, output layer; not what projects the encoder
+    output, which is read once for a text.
     """
     config = model.config
     size = model.embedding.weight.dtype.itemsize
     decoder = sum(p.numel() for p in model.decoder.parameters())
-    blocks = model.decoder.blocks()
-    decoder -= sum(block.cross_attention.key_value.weight.numel() for block in blocks)
-    one = count_parameters(config)["one_expert"]
+    if not config.is_decoder_only:
+        blocks = model.decoder.blocks()
+        decoder -= sum(block.cross_attention.key_value.weight.numel() for block in blocks)
+    num_moe_layers = sum(layer.startswith("decoder") for layer in config.moe_layers())
+    experts = count_parameters(config)["one_expert"] * config.num_experts_per_token
     head = config.vocab_size * config.d_model
-    return size * (decoder + one * config.num_decoder_layers + head)
+    return size * (decoder + experts * num_moe_layers + head)
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""A contender of `infmoe bench-offload` in a process of its own, seen from the one that asks."""
+"""A contender in a process of its own, within a memory limit, seen from the one that asks."""
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -37,27 +37,28 @@ class Child:
 
     def load(self, job: Job) -> None:
         """Load the contender of a job."""
-        answer = self._ask(job)
+        answer = self.ask(job)
         if isinstance(answer, Loaded):
             self.loaded = answer
 
     def time_text(self, seed: int) -> None:
         """Run the text of a seed."""
-        answer = self._ask(seed)
+        answer = self.ask(seed)
         if isinstance(answer, Answer):
             self.answers.append(answer)
 
-    def _ask(self, message: Job | int) -> Loaded | Answer | None:
+    def ask(self, message: object) -> object:
+        """Send a message and wait for the answer; None if it has failed, now or before."""
         if not self.is_alive:
             return None
         try:
             self._connection.send(message)
-            answer: Loaded | Answer | str = self._connection.recv()
+            answer: object = self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.join()
-            answer = f"ended with {self._process.exitcode}"
-            if self._process.exitcode == -signal.SIGKILL:
-                answer += ", killed: most likely out of memory"
+            is_killed = self._process.exitcode == -signal.SIGKILL
+            reason = ", killed: most likely out of memory" if is_killed else ""
+            answer = f"ended with {self._process.exitcode}{reason}"
         if isinstance(answer, str):
             self.is_alive = False
             self.note = "; ".join(filter(None, (self.note, answer)))
@@ -66,8 +67,12 @@ class Child:
 
 
 @contextmanager
-def open_child(limit_bytes: int | None = None) -> Iterator[Child]:
+def open_child(
+    limit_bytes: int | None = None, target: Callable[[Connection], None] = child
+) -> Iterator[Child]:
     """Start a process, under a limit if one is given and can be had; it is gone afterwards.
+
+    `target` answers each message that comes; a text as the answer tells why it fails.
 
     Where the limit cannot be had, the process runs without, and its note says so.
     """
@@ -80,7 +85,7 @@ def open_child(limit_bytes: int | None = None) -> Iterator[Child]:
             except LimitUnavailable as error:
                 note = f"page cache not limited: {error}"
         ours, theirs = context.Pipe()
-        process = context.Process(target=child, args=(theirs,), daemon=True)
+        process = context.Process(target=target, args=(theirs,), daemon=True)
         process.start()
         stack.callback(process.join)
         stack.callback(process.kill)  # only a group without processes can be removed

@@ -133,7 +133,7 @@ class OurRunner:
         engine, began, jobs = self._engine, perf_counter(), list[BenchJob]()
         while len(jobs) < len(texts) or engine.running or engine.num_waiting():
             while len(jobs) < len(texts) and texts[len(jobs)].arrives_s <= perf_counter() - began:
-                jobs.append(_make_job(len(jobs), texts[len(jobs)], began))
+                jobs.append(self._make_job(len(jobs), texts[len(jobs)], began))
                 engine.add(jobs[-1])
             for job, event in engine.turn():
                 job.take(event)
@@ -141,13 +141,15 @@ class OurRunner:
                 _sleep_until(began + texts[len(jobs)].arrives_s)
         return [Answer(job.tokens, job.first - began, job.end - began) for job in jobs]
 
-
-def _make_job(index: int, text: Text, began: float) -> BenchJob:
-    params = SamplingParams(max_tokens=text.num_tokens, ignore_eos=True)
-    request = Request(
-        request_id=f"text-{index}", encoder_ids=text.ids, params=params, adapter=text.adapter
-    )
-    return BenchJob(request, began + text.arrives_s)
+    def _make_job(self, index: int, text: Text, began: float) -> BenchJob:
+        request = Request(
+            request_id=f"text-{index}",
+            encoder_ids=text.ids,
+            params=SamplingParams(max_tokens=text.num_tokens, ignore_eos=True),
+            adapter=text.adapter,
+            num_held=int(self.model.config.is_decoder_only),  # a step gives the first scores
+        )
+        return BenchJob(request, began + text.arrives_s)
 
 
 def _sleep_until(when: float) -> None:

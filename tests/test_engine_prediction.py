@@ -21,7 +21,7 @@ from engine.machine import Bandwidth, Bandwidths
 from engine.planning import Budgets, Storage, fixed_lines, plan_memory
 from engine.prediction import distinct_experts, hit_share, predict
 from offload.planner import by_need
-from tests.tiny import DENSE, MOE
+from tests.tiny import DENSE, MIXTRAL, MOE
 
 GIB = 2**30
 CPM2 = replace(PRESETS["cpm2-moe-198b"], vocab_size=26_240)
@@ -112,6 +112,18 @@ def test_a_step_on_the_cpu_by_hand():
     assert found.sweep.tokens == 3
     assert found.sweep.tier_bytes["disk"] == pytest.approx(wanted * 20_480)  # 2 slots hit nothing
     assert found.sweep.tier_bytes["dram"] == pytest.approx(wanted * 20_480 + dense.sweep)
+
+
+def test_a_decoder_only_mixture_reads_prompts_in_its_decoder():
+    stored = Storage(config=MIXTRAL, dtype=torch.float32, slot_bytes=20_480)
+    load = Workload(source_tokens=5, target_tokens=3)
+    fixed = sum(line.nbytes for line in fixed_lines(stored, load, 0, on_gpu=False))
+    plan = plan_memory(stored, load, Budgets(host_bytes=fixed + 6 * 20_480), 0)
+    found = predict(plan, rates(disk=1e5, dram=1e7), 1)
+    assert found.step.wanted_experts == 3 * 2  # two of a token in each of 3 layers
+    assert found.sweep.wanted_experts == pytest.approx(3 * 4 * (1 - 0.5**5))
+    assert found.sweep.tokens == 5
+    assert found.sweep.tier_bytes["disk"] > found.step.tier_bytes["disk"] > 0
 
 
 def test_a_dense_model_reads_its_weights():

@@ -134,6 +134,8 @@ def run_experts(
 
     Token n has pairs n * k to n * k + k - 1, where k = P / N.
     """
+    if len(x_ND) == 1:
+        return _run_for_one(layer, x_ND, expert_P, experts, config, tile_rows)
     per_token = len(expert_P) // max(len(x_ND), 1)
     order_P = expert_P.argsort(stable=True)
     counts_E = count_tokens(expert_P, config.num_experts)
@@ -147,6 +149,23 @@ def run_experts(
         rows_seen.append(rows_R)
     back_P = torch.cat(rows_seen).argsort()  # order of arrival does not change the result
     return torch.cat(parts)[back_P]
+
+
+def _run_for_one(
+    layer: str,
+    x_1D: Tensor,
+    expert_P: Tensor,
+    experts: ExpertSource,
+    config: ModelConfig,
+    tile_rows: int,
+) -> Tensor:
+    """The same of one token, whose experts all differ: nothing is to be sorted or picked out."""
+    wanted = expert_P.tolist()
+    outputs = {
+        expert: feed_forward(x_1D, weights, config, tile_rows)
+        for expert, weights in experts.stream(layer, sorted(wanted))
+    }
+    return torch.cat([outputs[expert] for expert in wanted])
 
 
 class ResidentExperts(nn.Module):

@@ -95,10 +95,11 @@ class TopKLayer(nn.Module):
         experts.foresee(self.name, x_ND)
         pairs_PD = self.compute(normed_ND, routes.experts.flatten(), experts)
         update_NKD = pairs_PD.view(-1, size, x_ND.shape[1])
-        gates_NK1 = routes.gates.unsqueeze(-1).to(x.dtype)
-        update_ND = update_NKD[:, 0] * gates_NK1[:, 0]
+        gates_NK1 = routes.gates.unsqueeze(-1)  # fp32: equal experts sum to what one of them gives
+        sum_ND = update_NKD[:, 0] * gates_NK1[:, 0]
         for index in range(1, size):  # by rising id, whichever came first
-            update_ND = update_ND + update_NKD[:, index] * gates_NK1[:, index]
+            sum_ND = sum_ND + update_NKD[:, index] * gates_NK1[:, index]
+        update_ND = sum_ND.to(x.dtype)
         if self.config.shared_d_ff:
             update_ND = update_ND + self._shared(normed_ND)
         return x + update_ND.view_as(x)
