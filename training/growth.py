@@ -218,7 +218,7 @@ def _check_family(source: ModelConfig, target: ModelConfig) -> None:
 
 def grow(state: State, growth: Growth) -> dict[str, Tensor]:
     """The weights of the grown model from those of the source."""
-    generator = torch.Generator().manual_seed(growth.plan.seed + 1)
+    generator = new_generator(growth.plan)
     if growth.vocabulary is not None:
         state = regrow_rows(state, growth.vocabulary, generator)
     wide = state
@@ -228,6 +228,11 @@ def grow(state: State, growth: Growth) -> dict[str, Tensor]:
     if growth.upcycles:
         deep = upcycle(deep, growth.target, growth.plan.experts, generator)
     return deep
+
+
+def new_generator(plan: GrowthPlan) -> torch.Generator:
+    """What draws all that is new, in the order of `grow`."""
+    return torch.Generator().manual_seed(plan.seed + 1)
 
 
 def grow_prompt(prompt_PD: Tensor, stream: Axis) -> Tensor:

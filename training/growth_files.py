@@ -1,7 +1,8 @@
 """Growing a model directory into another one, with a receipt of what changed."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.adapters import model_fingerprint
-from engine.checkpoint import find_tokenizer_files, open_native, save_state
-from engine.checkpoint_any import detect_kind, load_any, open_foreign
+from engine.checkpoint import find_tokenizer_files, save_state
+from engine.checkpoint_any import load_any
 from engine.checkpoint_tensors import convert_tensor
 from engine.checkpoint_writer import partial_path, sync
 from engine.config import ModelConfig
@@ -30,9 +31,11 @@ from training.growth_optimizer import (
 from training.growth_recipes import TargetFile
 from training.growth_record import RECORD, Step, make_step, read_steps, record_text
 from training.state import find_state
+from training.upcycling_files import only_upcycles, open_model_source, open_streamed, write_upcycled
 from training.vocabulary_growth import VocabularyMap, map_vocabulary, target_ids
 from training.vocabulary_names import open_vocabulary
 
+OpenModel = Callable[[], AbstractContextManager[Transformer]]
 PROBE_ROWS, PROBE_LENGTH, PROBE_SEED = 4, 24, 20210624
 
 
@@ -69,14 +72,15 @@ def grow_directory(
     model: Path,
     target: TargetFile,
     out: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     run: RunGrowth | None = None,
 ) -> Receipt:
     """Grow a model as a growth file says and write it to a new directory.
 
     With a `run` its weights are grown instead of those of the directory, which are rounded copies,
     and its moments go along. All is checked before weights are read; the directory appears when it
-    is complete.
+    is complete. If experts are all that is new, they are written one by one, and dtype None keeps
+    the stored one; else the grown model must fit into memory, and None is fp32.
     Raises ConfigError or TokenizerError if the target does not fit, CheckpointError if a file is
     damaged or in the way.
     """
@@ -84,15 +88,26 @@ def grow_directory(
     source = read_model_config(model)
     growth, folder = plan_directory(model, source, target)
     check_run(run, growth)
+    steps = read_steps(model)
+    if run is None and only_upcycles(growth):
+        step = _upcycle(model, growth, out, dtype, steps)
+        return Receipt(step, growth.warnings())
     state, run_state = _read_weights(model, source, run)
     grown = grow(state, growth)
+    dtype = dtype or torch.float32
     wide = {name: convert_tensor(str(out), name, value, dtype) for name, value in grown.items()}
-    step = measure(growth, state, wide)
+    step = measure(
+        growth,
+        lambda: nullcontext(build(growth.source, state)),
+        lambda: nullcontext(build(growth.target, wide)),
+    )
     files = find_tokenizer_files(folder)
     kept = find_tokenizer_files(model).get("generation_config.json")
     if kept is not None:
         files.setdefault(kept.name, kept)
-    _write(out, growth.target, wide, files, [*read_steps(model), step])
+    staging = _stage(out)
+    save_state(growth.target, wide, staging, files.values())
+    _place(staging, out, [*steps, step])
     if run is not None and run_state is not None:
         moments = grow_moments(run_state.moments, state, growth, run.moments)
         weights = {name: tensor.float() for name, tensor in wide.items()}
@@ -117,10 +132,7 @@ def check_run(run: RunGrowth | None, growth: Growth) -> None:
 
 def read_model_config(model: Path) -> ModelConfig:
     """The config of a native or Hugging Face directory or a GGUF file; no tensor is read."""
-    kind = detect_kind(model)
-    if kind == "cpm2":
-        raise CheckpointError(f"{model}: holds pickles; run `infmoe convert` on it first")
-    return open_native(model).config if kind == "native" else open_foreign(model).config
+    return open_model_source(model).config
 
 
 def plan_directory(model: Path, source: ModelConfig, target: TargetFile) -> tuple[Growth, Path]:
@@ -167,9 +179,11 @@ def build(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
 
 
 @torch.no_grad()
-def measure(growth: Growth, state: Mapping[str, Tensor], wide: Mapping[str, Tensor]) -> Step:
-    """Compare source and result on random texts of old tokens, and record the growth."""
-    source, result = build(growth.source, state), build(growth.target, wide)
+def measure(growth: Growth, open_source: OpenModel, open_result: OpenModel) -> Step:
+    """Compare source and result on random texts of old tokens, and record the growth.
+
+    One of them is in memory at a time.
+    """
     old = new = torch.arange(growth.source.vocab_size)
     if growth.vocabulary is not None:
         new, old = growth.vocabulary.old_ids()
@@ -177,29 +191,52 @@ def measure(growth: Growth, state: Mapping[str, Tensor], wide: Mapping[str, Tens
     shape = (2, PROBE_ROWS, PROBE_LENGTH)
     picked = torch.randint(len(old), shape, generator=generator)
     rows = torch.ones(shape[1:], dtype=torch.int64)
-    before = source(old[picked[0]], rows, old[picked[1]], rows)[..., old]
-    after = result(new[picked[0]], rows, new[picked[1]], rows)[..., new]
+    with open_source() as source:
+        before = source(old[picked[0]], rows, old[picked[1]], rows)[..., old]
+        source_fingerprint = model_fingerprint(source)
+    del source
+    with open_result() as result:
+        after = result(new[picked[0]], rows, new[picked[1]], rows)[..., new]
+        fingerprint = model_fingerprint(result)
     receipt: dict[str, Any] = {
         "max_logit_difference": float((before - after).abs().max()),
         "mean_logit": float(before.abs().mean()),
-        "source_parameters": num_parameters(source),
-        "parameters": num_parameters(result),
+        "source_parameters": _count(growth.source),
+        "parameters": _count(growth.target),
     }
-    return make_step(growth, model_fingerprint(source), model_fingerprint(result), receipt)
+    return make_step(growth, source_fingerprint, fingerprint, receipt)
 
 
-def _write(
-    out: Path,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    files: Mapping[str, Path],
-    steps: list[Step],
-) -> None:
-    """Write beside the place, then rename: model and record are there together, or not at all."""
+def _count(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return num_parameters(Transformer(config))
+
+
+def _upcycle(
+    model: Path, growth: Growth, out: Path, dtype: torch.dtype | None, steps: list[Step]
+) -> Step:
+    """Write a mixture expert by expert, measure it as it is on the disk, put it in its place."""
+    staging = _stage(out)
+    write_upcycled(model, growth, staging, dtype)
+    step = measure(
+        growth,
+        lambda: nullcontext(load_any(model).float().eval()),  # rounded as it is when it is served
+        lambda: open_streamed(staging, growth.target),
+    )
+    _place(staging, out, [*steps, step])
+    return step
+
+
+def _stage(out: Path) -> Path:
+    """Where a model is written before it is renamed; what a killed run left there is deleted."""
     staging = out.with_name(f"{out.name}.growing")
     for left in (staging, partial_path(staging)):
         shutil.rmtree(left, ignore_errors=True)
-    save_state(config, state, staging, files.values())
+    return staging
+
+
+def _place(staging: Path, out: Path, steps: list[Step]) -> None:
+    """Rename: model and record are there together, or not at all."""
     record = staging / RECORD
     record.write_text(record_text(steps), encoding="utf-8")
     sync(record, staging)

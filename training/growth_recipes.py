@@ -81,6 +81,17 @@ def read_target(path: Path) -> TargetFile:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def mixture_target(num_experts: int) -> TargetFile:
+    """What makes a dense model a mixture as Mixtral is: two experts of a token, exact at first."""
+    target = {
+        "num_experts": num_experts,
+        "num_experts_per_token": min(2, num_experts),
+        "router": "softmax",
+        "normalize_gates": True,
+    }
+    return TargetFile(path=Path("--experts"), target=target)
+
+
 def doublings(layers: int, target: int) -> list[int]:
     """Depths of a progressive run of StackingBERT, which trains at each: 3 to 12 is 3, 6, 12.
 

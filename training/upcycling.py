@@ -4,9 +4,9 @@ Source: CPM-2 (arXiv:2106.10715) s2.3 for undisturbed clones, routed once by ort
 sparse upcycling (arXiv:2212.05055); drop-upcycling (arXiv:2502.19261) for experts redrawn in part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,49 +103,79 @@ def check_upcycling(source: ModelConfig, target: ModelConfig) -> None:
         raise ConfigError(f"experts of router {target.router} have RMS norms; choose softmax")
 
 
+class UpcycledLayer(NamedTuple):
+    """A MoE layer made of a dense feed-forward: what all tokens meet, and the experts, one by one.
+
+    An expert is made when it is drawn from the iterator, so that one at a time is in memory.
+    """
+
+    dense: dict[str, Tensor]
+    experts: Iterator[dict[str, Tensor]]
+
+
 def upcycle(
     state: State, target: ModelConfig, options: Upcycling, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The state of a mixture of experts that begins as copies of the dense feed-forwards.
-
-    Of cpm_2 and default, tokens go to one expert, whose output no gate multiplies. Elsewhere `wo`
-    is divided by what the gates sum to at first: 1 if they are normalised, which makes any number
-    of clones exact.
-    """
+    """The state of a mixture of experts that begins as copies of the dense feed-forwards."""
     sparse = dict(state)
     dtype = state["embedding.weight"].dtype
     for layer in target.moe_layers():
-        stack, index = layer.split("-")
-        prefix = f"{stack}.layers.{index}."
-        dense = _take_dense(sparse, f"{prefix}feed_forward.", target)
-        router = _draw_router(target, options, generator).to(dtype)
-        if target.is_top_k:
-            sparse[f"{prefix}moe.router.weight"] = router
-            sparse[f"{prefix}moe.norm.weight"] = dense.pop("norm")
-            if "norm_bias" in dense:
-                sparse[f"{prefix}moe.norm.bias"] = dense.pop("norm_bias")
-            for name, has in (
-                ("router.bias", target.router_bias),
-                ("choice_bias", target.choice_bias),
-            ):
-                if has:
-                    sparse[f"{prefix}moe.{name}"] = torch.zeros(target.num_experts, dtype=dtype)
-        else:
-            sparse[f"{prefix}moe.centroids"] = router
-        if target.router == "cpm_2":
-            sparse[f"{prefix}moe.router_norm"] = torch.ones(target.d_model, dtype=dtype)
-        experts = [_make_expert(dense, options, generator) for _ in range(target.num_experts)]
+        names = [name for name in sparse if name.startswith(feed_forward_prefix(layer))]
+        dense = {name: sparse.pop(name) for name in names}
+        made = upcycle_layer(layer, dense, target, options, generator, dtype)
+        sparse |= made.dense
+        experts = list(made.experts)
         for key in target.expert_shapes():
             sparse[f"experts.layers.{layer}.{key}"] = torch.stack([e[key] for e in experts])
     return sparse
 
 
-def _take_dense(state: dict[str, Tensor], prefix: str, target: ModelConfig) -> dict[str, Tensor]:
-    """Take a feed-forward out of a state; its tensors by the names that they have in an expert."""
+def feed_forward_prefix(layer: str) -> str:
+    """How names of a dense feed-forward begin: 'decoder-3' -> 'decoder.layers.3.feed_forward.'."""
+    stack, index = layer.split("-")
+    return f"{stack}.layers.{index}.feed_forward."
+
+
+def upcycle_layer(
+    layer: str,
+    feed_forward: State,
+    target: ModelConfig,
+    options: Upcycling,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+) -> UpcycledLayer:
+    """Make a MoE layer of the tensors of a feed-forward; the next layer after its last expert.
+
+    Of cpm_2 and default, tokens go to one expert, whose output no gate multiplies. Elsewhere `wo`
+    is divided by what the gates sum to at first: 1 if they are normalised, which makes any number
+    of clones exact.
+    """
+    dense = _name_parts(feed_forward, feed_forward_prefix(layer), target)
+    prefix = feed_forward_prefix(layer).replace("feed_forward", "moe")
+    router = _draw_router(target, options, generator).to(dtype)
+    around: dict[str, Tensor] = {}
+    if target.is_top_k:
+        around[f"{prefix}router.weight"] = router
+        around[f"{prefix}norm.weight"] = dense.pop("norm")
+        if "norm_bias" in dense:
+            around[f"{prefix}norm.bias"] = dense.pop("norm_bias")
+        for name, has in (("router.bias", target.router_bias), ("choice_bias", target.choice_bias)):
+            if has:
+                around[f"{prefix}{name}"] = torch.zeros(target.num_experts, dtype=dtype)
+    else:
+        around[f"{prefix}centroids"] = router
+    if target.router == "cpm_2":
+        around[f"{prefix}router_norm"] = torch.ones(target.d_model, dtype=dtype)
+    experts = (_make_expert(dense, options, generator) for _ in range(target.num_experts))
+    return UpcycledLayer(around, experts)
+
+
+def _name_parts(state: State, prefix: str, target: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a feed-forward by the names that they have in an expert."""
     names = {key: f"{prefix}{key}.weight" for key in ("norm", "wi_0", "wi_1", "wo")}
     names |= {key: f"{prefix}{name}" for key, name in BIASES.items()}
     names["norm_bias"] = f"{prefix}norm.bias"
-    tensors = {key: state.pop(name) for key, name in names.items() if name in state}
+    tensors = {key: state[name] for key, name in names.items() if name in state}
     if (share := first_gates(target)) != 1:
         for key in ("wo", "bo"):
             if key in tensors:
