@@ -224,7 +224,8 @@ def model_fingerprint(model: Transformer) -> str:
     """
     config = model.config
     whole = asdict(config)  # parts of it as objects too
-    given = {f.name: whole[f.name] for f in fields(config) if getattr(config, f.name) != f.default}
+    changed = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+    given = {name: whole[name] for name in changed if name != "max_model_len"}
     step = -(-config.vocab_size // FINGERPRINT_ROWS)
     rows = model.embedding.weight.detach()[::step].to(torch.bfloat16).contiguous()
     digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode())

@@ -45,6 +45,9 @@ class ModelConfig:
     `top_groups` of `expert_groups`. `normalize_gates` makes the chosen gates sum to 1, then
     `routed_scale` multiplies them.
 
+    `max_model_len` is for serving: the longest prompt that is accepted, with its answer if there is
+    no encoder; 0: as long as `max_positions` allows. It is no trait of the model.
+
     Source: CPM-2 (arXiv:2106.10715) table 1; T5 (arXiv:1910.10683).
     """
 
@@ -102,6 +105,7 @@ class ModelConfig:
     top_groups: int = 1
     group_score: Literal["best", "best_two"] = "best"
     begin_token_ids: tuple[int, ...] = ()
+    max_model_len: int = 0
 
     def __post_init__(self) -> None:
         for name in (*POSITIVE_FIELDS, *COUNT_FIELDS):
@@ -223,7 +227,8 @@ class ModelConfig:
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens of the longest prompt, soft prompt included, that is accepted."""
-        return self.max_positions * (1 if self.is_decoder_only else LENGTH_FACTOR)
+        most = self.max_positions * (1 if self.is_decoder_only else LENGTH_FACTOR)
+        return min(most, self.max_model_len or most)
 
     def _all_layers(self) -> list[str]:
         stacks: tuple[Stack, ...] = ("encoder", "decoder")
@@ -279,6 +284,7 @@ COUNT_FIELDS = (
     "expert_d_ff",
     "shared_d_ff",
     "position_offset",
+    "max_model_len",
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "router": get_args(Router),

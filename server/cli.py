@@ -47,7 +47,7 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
         report_phase("reading weights")
         # before the weights: these are memory of the process, which the plan counts; and the first
         # request with a grammar should not wait for what takes up to a second
-        config = read_storage(model).config
+        config = replace(read_storage(model).config, max_model_len=settings.max_model_len or 0)
         tokenizer = open_tokenizer(model, config.tokenizer)
         grammar_vocabulary(tokenizer)  # type: ignore[arg-type]  # as all objects it has a hash
         adapter_bytes = settings.adapter_memory if settings.adapters else 0
@@ -63,6 +63,7 @@ def open_engine(model: Path, settings: Settings) -> "Engine":
             max_rows=settings.max_rows,
             invariant=settings.invariant,
         )
+        loaded.model.config = replace(loaded.model.config, max_model_len=config.max_model_len)
         close = loaded.close
         if settings.record_routing is not None:
             recorder, path = record_routing(loaded.model), settings.record_routing

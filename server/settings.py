@@ -96,6 +96,7 @@ class Settings(BaseModel):
     adapter_any_base: bool = False
 
     max_rows: Annotated[int, Field(ge=1, le=4096)] = 32
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
     max_queue: Count = 256
     max_queue_tokens: Count | None = None
     max_choices: Count = 64

@@ -16,7 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from engine.adapters import model_fingerprint
 from engine.checkpoint import save_model
+from engine.errors import PromptTooLong
+from engine.planning import CACHES, WORKSPACE
 from engine.prompt import build_request
 from engine.request import Finished, SamplingParams
 from offload.trace import load_trace
@@ -24,7 +27,7 @@ from server.__main__ import COMMANDS, build_app, load, main, not_chosen
 from server.cli import greeting, open_engine
 from server.lifecycle import open_socket
 from server.settings_sources import read_settings
-from tests.tiny import tiny_model
+from tests.tiny import LLAMA, tiny_model
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -416,3 +419,20 @@ def test_the_plan_of_a_server_counts_its_adapters(tmp_path):
         assert engine.drain(60)
     assert planned["with"]["adapters"] == 3 * 2**20
     assert "adapters" not in planned["without"] or planned["without"]["adapters"] == 0
+
+
+def test_the_longest_text_can_be_set(tmp_path):
+    save_model(tiny_model(LLAMA), tmp_path / "model")
+    planned = {}
+    for length in (None, 40):
+        settings = read_settings(max_model_len=length)
+        engine = open_engine(tmp_path / "model", settings)
+        wait_for(lambda engine=engine: engine.state == "ready")
+        planned[length] = sum(engine.plan.parts()[part] for part in (CACHES, WORKSPACE))
+        config, fingerprint = engine.config, model_fingerprint(engine._loaded.model)
+        assert fingerprint == model_fingerprint(tiny_model(LLAMA))  # its adapters still fit
+        assert engine.drain(60)
+    assert config.max_prompt_tokens == 40
+    with pytest.raises(PromptTooLong, match="the limit is 40 together"):
+        build_request("a" * 36, engine.tokenizer, config, SamplingParams(max_tokens=5), "r")
+    assert planned[40] < planned[None] / 3
