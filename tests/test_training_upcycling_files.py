@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import training.upcycling as upcycling
 from engine.checkpoint import load_model, open_native, save_model
 from engine.checkpoint_any import load_any
+from engine.checkpoint_streamed import open_streamed
 from engine.errors import CheckpointError, ConfigError
 from engine.experts import load_offloaded
 from engine.generation import generate
@@ -27,7 +28,6 @@ from training.growth import grow, prepare_growth
 from training.growth_files import grow_directory
 from training.growth_recipes import mixture_target, read_target
 from training.growth_record import read_steps
-from training.upcycling_files import open_streamed
 
 TOKENIZER = byte_tokenizer()
 ROWS = torch.ones(2, 24, dtype=torch.int64)

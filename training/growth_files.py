@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.adapters import model_fingerprint
 from engine.checkpoint import find_tokenizer_files, save_state
 from engine.checkpoint_any import load_any
+from engine.checkpoint_streamed import open_streamed
 from engine.checkpoint_tensors import convert_tensor
 from engine.checkpoint_writer import partial_path, sync
 from engine.config import ModelConfig
@@ -31,7 +32,7 @@ from training.growth_optimizer import (
 from training.growth_recipes import TargetFile
 from training.growth_record import RECORD, Step, make_step, read_steps, record_text
 from training.state import find_state
-from training.upcycling_files import only_upcycles, open_model_source, open_streamed, write_upcycled
+from training.upcycling_files import only_upcycles, open_model_source, write_upcycled
 from training.vocabulary_growth import VocabularyMap, map_vocabulary, target_ids
 from training.vocabulary_names import open_vocabulary
 

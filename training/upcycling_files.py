@@ -1,26 +1,17 @@
 """Upcycling a model on the disk expert by expert: the mixture may be larger than memory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import NativeSource, load_model, open_expert_stores, open_native
+from engine.checkpoint import NativeSource, open_native
 from engine.checkpoint_any import detect_kind, open_foreign
-from engine.checkpoint_experts import float_tensors
 from engine.checkpoint_gguf import GgufSource
 from engine.checkpoint_hf import HuggingFaceSource
 from engine.checkpoint_writer import NativeWriter, dense_shapes, open_writer
-from engine.config import ModelConfig
 from engine.errors import CheckpointError
-from engine.model.layers import FeedForwardWeights
-from engine.model.moe import OPTIONAL
-from engine.model.transformer import Transformer
-from offload.store import ExpertStore
 from training.growth import STACKS, Growth, new_generator, widened
 from training.upcycling import feed_forward_prefix, upcycle_layer
 
@@ -98,33 +89,3 @@ def _transfer(
         for name, tensor in made.dense.items():
             writer.write_dense(where, name, tensor)
         writer.write_experts(where, layer, made.experts)
-
-
-class StoredExperts:
-    """An `ExpertSource` that reads each expert when it is wanted, in fp32; nothing is kept."""
-
-    def __init__(self, stores: Mapping[str, ExpertStore]) -> None:
-        self._stores = stores
-
-    def foresee(self, layer: str, x_ND: Tensor) -> None:
-        """Nothing is read ahead."""
-
-    def stream(self, layer: str, wanted: Sequence[int]) -> Iterator[tuple[int, FeedForwardWeights]]:
-        """Read the wanted experts, one after the other."""
-        store = self._stores[layer]
-        blob = np.empty(store.layout.blob_bytes, np.uint8)
-        for expert in wanted:
-            tensors = float_tensors(store.read_blob(expert, blob), store.layout)
-            own: dict[str, Any] = {name: tensor.float() for name, tensor in tensors.items()}
-            yield expert, FeedForwardWeights(**OPTIONAL | own)
-
-
-@contextmanager
-def open_streamed(directory: Path, config: ModelConfig) -> Iterator[Transformer]:
-    """A native mixture that computes in fp32, its experts read from the disk again and again."""
-    stores = open_expert_stores(directory, config)
-    try:
-        yield load_model(directory, torch.float32, StoredExperts(stores)).eval()
-    finally:
-        for store in stores.values():
-            store.close()
