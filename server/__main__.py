@@ -82,7 +82,7 @@ def build_app(chosen: str | None) -> typer.Typer:
     """All sub-commands by name and help; only `chosen` has its function and options."""
     app = typer.Typer(
         name="infmoe",
-        help="Inference and training of encoder-decoder mixture-of-experts language models.",
+        help="Inference and training of mixture-of-experts language models.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )

@@ -1,4 +1,4 @@
-"""The small parts of a T5-family block: RMS norm, feed-forward, attention with relative positions.
+"""The small parts of a block: norms, products, feed-forward, masks, relative positions.
 
 Shape letters: B batch, S source or key length, T target or query length, N tokens, D model width,
 F feed-forward width, H heads, K head width.
