@@ -35,6 +35,7 @@ RESERVED = frozenset(
     {"messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"}
     | {"chat_template", "tokenize", "raise_exception", "strftime_now", "continue_final_message"}
 )
+TRACED = frozenset({"jinja2", "markupsafe"})
 JOINS = (str_join.__code__, markup_join.__code__)
 Plain = str | int | float | bool
 
@@ -178,6 +179,8 @@ def within(max_time_s: float, work: Callable[[], str]) -> str:
 
     def trace(frame: FrameType, event: str, _argument: object) -> Callable[..., Any] | None:
         nonlocal depth
+        if event == "call" and not is_of_template(frame):
+            return None
         depth += (event == "call") - (event == "return")
         if depth > MAX_DEPTH:  # before Python's own limit, at which tracing itself fails
             raise TemplateCost("it calls itself too deep")
@@ -193,6 +196,18 @@ def within(max_time_s: float, work: Callable[[], str]) -> str:
         return work()
     finally:
         sys.settrace(before)
+
+
+def is_of_template(frame: FrameType) -> bool:
+    """Whether a frame runs a template, or Jinja for it.
+
+    What the collector of garbage calls in between is not: there Python would swallow what the
+    trace raises, and end the tracing with it.
+    """
+    name = frame.f_globals.get("__name__")
+    if isinstance(name, str):
+        return name.partition(".")[0] in TRACED
+    return frame.f_code.co_filename == "<template>"
 
 
 def read_template(directory: Path | None) -> ChatTemplate | None:

@@ -12,7 +12,7 @@ from server.app import create_app
 from server.chat import join_turns
 from server.schemas_chat import ChatRequest, Message
 from server.settings import Settings
-from server.templates import ChatTemplate, read_template
+from server.templates import ChatTemplate, TemplateCost, read_template, within
 from tests.fakes import FakeEngine, finished, hello, live_server
 from tests.test_server_completions import error_of, events_of, usage_of
 
@@ -277,6 +277,23 @@ def test_template_without_an_end():
     loop = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
     with pytest.raises(RequestError, match="takes too long"):
         render(loop, max_time_s=0.05)
+
+
+def test_the_clock_spares_what_is_not_the_template():
+    """Python would swallow what is raised in a destructor, and trace nothing from there on."""
+    called = []
+
+    class Thing:
+        def __del__(self):
+            called.append(True)
+
+    def work():
+        Thing()
+        return ChatTemplate("{{ bos_token }}", "", "")._generate({})
+
+    with pytest.raises(TemplateCost, match="takes too long"):
+        within(0.0, work)
+    assert called == [True]
 
 
 def test_what_a_template_may_use():
