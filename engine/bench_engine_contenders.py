@@ -18,9 +18,8 @@ from engine.adapters import Adapter
 from engine.checkpoint_any import load_any
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.model.layers import Linear
-from engine.model.packed import can_pack, pack_linears
 from engine.model.transformer import Transformer, set_invariant
+from engine.prepare import prepare
 from engine.request import Event, Failed, Finished, Piece, Request, SamplingParams
 from engine.scheduler import Limits
 
@@ -170,8 +169,7 @@ def open_invariant(directory: Path, dtype: torch.dtype) -> OurRunner:
 
 def _load_ours(directory: Path, dtype: torch.dtype) -> Transformer:
     model = load_any(directory, dtype)
-    if can_pack(dtype):
-        pack_linears(model, Linear)
+    prepare(model)
     return model
 
 

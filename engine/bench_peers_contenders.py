@@ -26,9 +26,8 @@ from engine.checkpoint_any import load_any
 from engine.errors import EngineError
 from engine.experts import load_offloaded
 from engine.memory import return_free_heap, return_large_blocks
-from engine.model.layers import Linear
-from engine.model.packed import can_pack, pack_linears
 from engine.model.transformer import Transformer
+from engine.prepare import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,9 +88,8 @@ def open_mapped(job: Job) -> Iterator[OurRunner]:
 
 
 def _runner(model: Transformer, job: Job) -> OurRunner:
-    if can_pack(torch.bfloat16):
-        pack_linears(model, Linear)
-        return_free_heap()
+    prepare(model)
+    return_free_heap()
     return OurRunner(model, job.max_rows)
 
 

@@ -5,6 +5,7 @@ documents packed into one row, from 1; 0 is padding.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,18 @@ class DecoderCache:
     def capacity(self) -> int:
         """Positions that each row can hold."""
         return self.self_keys[0].shape[2]
+
+
+class StepKernels(Protocol):
+    """Steps of one token per row, and their scores, computed in another way than by torch."""
+
+    def step(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
+        """Append a token to every row of the cache, which has room. Returns (B, D), normed."""
+        ...
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Scores (B, V) of normed states."""
+        ...
 
 
 def real_positions(segments: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ vocabulary. Segments number the documents packed into one row, from 1; 0 is padd
 with one document.
 """
 
+import math
 from collections.abc import Generator
 from functools import partial
 from typing import TypeVar
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ModelConfig
-from engine.model.blocks import DecoderCache, StackModule, document_lengths, real_positions
+from engine.model.blocks import (
+    DecoderCache,
+    StackModule,
+    StepKernels,
+    document_lengths,
+    real_positions,
+)
 from engine.model.context import Context, Past, arena_of, document_positions
 from engine.model.layers import Bias, FeedForward, Linear
 from engine.model.masks import MASK_QUERIES, CausalMask, mask_bias
@@ -30,15 +37,19 @@ from engine.model.topk import AnyMoE
 
 R = TypeVar("R")
 
+KERNEL_ROWS = 16  # up to which kernels that read weights as they are stored are faster
+
 
 class Transformer(nn.Module):
     """CPM-2, T5, Llama, Mixtral and their like, as the config tells; pre-norm.
 
     `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its
-    own. `set_invariant` sets `is_invariant`.
+    own. `set_invariant` sets `is_invariant`. `kernels` are for serving: they compute steps of up to
+    KERNEL_ROWS rows, of more in invariant mode.
     """
 
     is_invariant = False
+    kernels: StepKernels | None = None
 
     def __init__(self, config: ModelConfig, experts: ExpertSource | None = None) -> None:
         super().__init__()
@@ -268,6 +279,8 @@ class Transformer(nn.Module):
         needed = cache.longest + num_new
         if needed > cache.capacity:
             raise ValueError(f"{needed} positions do not fit the cache of {cache.capacity}")
+        if num_new == 1 and self.kernels is not None and self._goes_to_kernels(len(tokens_BT)):
+            return self.kernels.step(tokens_BT[:, 0], cache).unsqueeze(1)
         new_T = torch.arange(num_new, device=tokens_BT.device)
         position_BT = cache.lengths_B.unsqueeze(1) + new_T
         row_B1 = torch.arange(len(tokens_BT), device=tokens_BT.device).unsqueeze(1)
@@ -326,8 +339,15 @@ class Transformer(nn.Module):
             make_spans(cross_bias, queries, sources, together=together),
         )
 
+    def _goes_to_kernels(self, rows: int) -> bool:
+        return self.is_invariant or rows <= KERNEL_ROWS
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of the next token for normed decoder states (..., D)."""
+        rows = math.prod(hidden.shape[:-1])
+        if self.kernels is not None and self._goes_to_kernels(rows):
+            return self.kernels.logits(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        hidden = hidden.to(self.embedding.weight.dtype)
         if self.config.scale_logits:
             hidden = hidden * self.config.d_model**-0.5
         if not self.config.tied_embeddings:

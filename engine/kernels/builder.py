@@ -1,0 +1,136 @@
+"""Makes programs of the parts of a model, as they are stored."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.kernels import ops
+from engine.kernels.curves import ACTIVATIONS
+from engine.kernels.team import Table, the_team
+from engine.model.layers import RMSNorm
+
+KINDS = {torch.bfloat16: ops.BF16, torch.float32: ops.FP32}
+TASKS_PER_THREAD = 4
+CHUNK = 16  # outputs, of which a task has whole ones
+
+
+def real(value: float) -> int:
+    """The bits of an fp64."""
+    return int(np.float64(value).view(np.int64))
+
+
+class Builder:
+    """A program in the making. What it points at must outlive it: `kept` holds it."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config = config
+        self.rows: list[Table] = []
+        self.kept: list[Tensor] = []
+        self.scratch_width = 0  # fp32 per row that operations need, beside scores
+        self.dtype, self._kind = dtype, KINDS[dtype]
+
+    def beside(self) -> "Builder":
+        """An empty one for the same model."""
+        return Builder(self.config, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def table(self) -> Table:
+        """The program."""
+        return np.stack(self.rows)
+
+    def address(self, tensor: Tensor | None, *, keeps: bool = True) -> int:
+        """Where a tensor begins; 0 for none."""
+        if tensor is None:
+            return 0
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError("a program takes tensors of host memory without gaps")
+        if keeps:
+            self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def new(self, code: int) -> Table:
+        """A new operation, still without columns of its own."""
+        row = np.zeros(ops.COLUMNS, np.int64)
+        row[0], row[ops.KIND] = code, self._kind
+        self.rows.append(row)
+        return row
+
+    def put_norm(self, row: Table, column: int, norm: nn.Module | None) -> None:
+        """Kind, weight and bias of a norm, which stand beside each other, and its eps."""
+        if norm is None:
+            return
+        is_rms = isinstance(norm, RMSNorm)
+        row[column] = 1 if is_rms else 2
+        row[column + 1] = self.address(norm.weight)  # type: ignore[arg-type]  # a Tensor
+        row[column + 2] = 0 if is_rms else self.address(norm.bias)  # type: ignore[arg-type]
+        row[ops.REALS] = real(norm.eps)  # type: ignore[arg-type]
+
+    def product(
+        self,
+        x_RI: Tensor,
+        weight_OI: Tensor,
+        out_RO: Tensor,
+        *,
+        bias_O: Tensor | None = None,
+        norm: nn.Module | None = None,
+        adds: bool = False,
+        activation: str = "",
+        gate: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    ) -> Table:
+        """Out = activation(norm(x) weight + bias), or is added to what is there.
+
+        `gate` has the weight and bias of a product that is multiplied by it, and room for it.
+        """
+        row, (outputs, length) = self.new(ops.PRODUCT), weight_OI.shape
+        row[ops.P_X], row[ops.P_X_STRIDE] = self.address(x_RI), 4 * x_RI.stride(0)
+        row[ops.P_LENGTH], row[ops.P_OUTPUTS] = length, outputs
+        self.put_norm(row, ops.P_NORM, norm)
+        row[ops.P_MATRIX] = self.address(weight_OI)
+        row[ops.P_STRIDE] = weight_OI.stride(0) * weight_OI.element_size()
+        row[ops.P_BIAS] = self.address(bias_O)
+        row[ops.P_OUT], row[ops.P_OUT_STRIDE] = self.address(out_RO), 4 * out_RO.stride(0)
+        row[ops.P_ADDS] = adds
+        row[ops.P_ACTIVATION] = ACTIVATIONS.index(activation) + 1 if activation else 0
+        if gate is not None:
+            weight, bias, room = gate
+            row[ops.P_GATE], row[ops.P_GATE_BIAS] = self.address(weight), self.address(bias)
+            row[ops.P_GATE_OUT] = self.address(room)
+        tasks = the_team().threads * TASKS_PER_THREAD
+        chunk = max(outputs // tasks // CHUNK * CHUNK, CHUNK)
+        row[ops.P_CHUNK], row[ops.TASKS] = chunk, -(-outputs // chunk)
+        width = (length if norm else 0) + (outputs if adds else 0)
+        self.scratch_width = max(self.scratch_width, width)
+        return row
+
+    def linear(
+        self,
+        x_RI: Tensor,
+        layer: nn.Linear,
+        out_RO: Tensor,
+        *,
+        norm: nn.Module | None = None,
+        adds: bool = False,
+    ) -> None:
+        """The product of a layer."""
+        self.product(x_RI, layer.weight, out_RO, bias_O=layer.bias, norm=norm, adds=adds)
+
+    def norm(self, x_RD: Tensor, norm: nn.Module, out_RD: Tensor) -> None:
+        """A norm."""
+        row = self.new(ops.NORM)
+        row[ops.N_X], row[ops.N_X_STRIDE] = self.address(x_RD), 4 * x_RD.stride(0)
+        row[ops.N_LENGTH] = x_RD.shape[1]
+        self.put_norm(row, ops.N_NORM, norm)
+        row[ops.N_OUT], row[ops.N_OUT_STRIDE] = self.address(out_RD), 4 * out_RD.stride(0)
+
+    def attention(self, qkv_RI: Tensor, kv_heads: int, out_RI: Tensor) -> Table:
+        """Attention of heads, still without keys and values."""
+        config, row = self.config, self.new(ops.ATTEND)
+        row[ops.A_QKV], row[ops.A_QKV_STRIDE] = self.address(qkv_RI), 4 * qkv_RI.stride(0)
+        row[ops.A_HEADS], row[ops.A_KV_HEADS] = config.num_heads, kv_heads
+        row[ops.A_WIDTH] = config.d_kv
+        row[ops.A_OUT], row[ops.A_OUT_STRIDE] = self.address(out_RI), 4 * out_RI.stride(0)
+        row[ops.A_SCALE] = real(config.attention_scale)
+        return row

@@ -1,0 +1,37 @@
+"""Readies a loaded model for serving on a CPU."""
+
+import logging
+from importlib import import_module
+
+from engine.model.layers import Linear
+from engine.model.packed import can_pack, pack_linears
+from engine.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+KERNELS = "engine.kernels.attach"
+
+
+def load_kernels() -> bool:
+    """Load the compiler of kernels, which takes memory of its own; False if it is not installed."""
+    try:
+        import_module(KERNELS)
+    except ImportError as error:
+        logger.warning("steps are computed by torch, which is slower: %s", error)
+        return False
+    return True
+
+
+def prepare(model: Transformer) -> None:
+    """Give a model kernels; or pack its products, where it pays, if they are not for it.
+
+    Packed weights can be neither read nor saved. Experts are not packed: offloaded ones could not
+    be, and would differ from resident ones.
+    """
+    weight = model.embedding.weight
+    if weight.device.type != "cpu":
+        return
+    if load_kernels() and import_module(KERNELS).attach_kernels(model):
+        return
+    if can_pack(weight.dtype):
+        pack_linears(model, Linear)
