@@ -1,7 +1,6 @@
 """Readies a loaded model for serving on a CPU."""
 
 import logging
-from importlib import import_module
 
 from engine.model.layers import Linear
 from engine.model.packed import can_pack, pack_linears
@@ -9,13 +8,11 @@ from engine.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-KERNELS = "engine.kernels.attach"
-
 
 def load_kernels() -> bool:
     """Load the compiler of kernels, which takes memory of its own; False if it is not installed."""
     try:
-        import_module(KERNELS)
+        import engine.kernels.attach  # noqa: F401  it takes a second
     except ImportError as error:
         logger.warning("steps are computed by torch, which is slower: %s", error)
         return False
@@ -31,7 +28,10 @@ def prepare(model: Transformer) -> None:
     weight = model.embedding.weight
     if weight.device.type != "cpu":
         return
-    if load_kernels() and import_module(KERNELS).attach_kernels(model):
-        return
+    if load_kernels():
+        from engine.kernels.attach import attach_kernels
+
+        if attach_kernels(model):
+            return
     if can_pack(weight.dtype):
         pack_linears(model, Linear)

@@ -1,7 +1,10 @@
 """Gives a model that is to be served on a CPU its kernels."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from engine.checkpoint_tensors import FULL
 from engine.kernels import ops
 from engine.kernels.builder import KINDS
 from engine.kernels.step import StepProgram
@@ -12,15 +15,24 @@ from engine.model.transformer import Transformer
 def attach_kernels(model: Transformer) -> bool:
     """Let a model compute its steps by programs; its weights must stay where they are.
 
-    Returns whether it does: not if it is in fp16, on a GPU or with latent attention. Compiles at
-    first (some 10 s), unless that was kept on disk.
+    Returns whether it does: not if it is in fp16, on a GPU, packed or with latent attention.
+    Compiles at first (some 10 s), unless that was kept on disk.
     """
-    weight = model.embedding.weight
-    if weight.dtype not in KINDS or weight.device.type != "cpu" or model.config.latent is not None:
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    dtype = model.embedding.weight.dtype
+    if dtype not in KINDS or model.config.latent is not None:
+        return False
+    if not all(_is_readable(weight, dtype, name) for name, weight in weights.items()):
         return False
     warm_up()
     model.kernels = StepProgram(model)
     return True
+
+
+def _is_readable(weight: Tensor, dtype: torch.dtype, name: str) -> bool:
+    """Whether a weight lies in host memory as it is, and is of the one dtype that is expected."""
+    is_expected = weight.dtype == dtype or name.endswith(FULL)
+    return is_expected and weight.device.type == "cpu" and not weight.is_mkldnn
 
 
 def warm_up() -> None:

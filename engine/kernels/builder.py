@@ -8,11 +8,13 @@ from engine.config import ModelConfig
 from engine.kernels import ops
 from engine.kernels.curves import ACTIVATIONS
 from engine.kernels.team import Table, the_team
+from engine.kernels.tiles import DEPTH, ROWS, SUM_BYTES, has_tiles
 from engine.model.layers import RMSNorm
 
 KINDS = {torch.bfloat16: ops.BF16, torch.float32: ops.FP32}
 TASKS_PER_THREAD = 4
 CHUNK = 16  # outputs, of which a task has whole ones
+TILE_ROWS = 5  # from which on tiles are faster than vectors
 
 
 def real(value: float) -> int:
@@ -21,18 +23,22 @@ def real(value: float) -> int:
 
 
 class Builder:
-    """A program in the making. What it points at must outlive it: `kept` holds it."""
+    """A program in the making. What it points at must outlive it: `kept` holds it.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.config = config
+    `is_exact`: a row gets the same bits alone and among others.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, is_exact: bool) -> None:
+        self.config, self.dtype, self.is_exact = config, dtype, is_exact
         self.rows: list[Table] = []
         self.kept: list[Tensor] = []
-        self.scratch_width = 0  # fp32 per row that operations need, beside scores
-        self.dtype, self._kind = dtype, KINDS[dtype]
+        self._kind = KINDS[dtype]
+        self._in_tiles = dtype == torch.bfloat16 and has_tiles() and not is_exact
+        self._widths = [(0, 0)]  # numbers of fp32 and bf16 per row that products make room for
 
     def beside(self) -> "Builder":
         """An empty one for the same model."""
-        return Builder(self.config, self.dtype)
+        return Builder(self.config, self.dtype, is_exact=self.is_exact)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,7 +54,7 @@ class Builder:
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("a program takes tensors of host memory without gaps")
         if keeps:
-            self.kept.append(tensor)
+            self.kept.append(tensor.detach())  # of its own: a parameter may be given other memory
         return tensor.data_ptr()
 
     def new(self, code: int) -> Table:
@@ -101,9 +107,17 @@ class Builder:
         tasks = the_team().threads * TASKS_PER_THREAD
         chunk = max(outputs // tasks // CHUNK * CHUNK, CHUNK)
         row[ops.P_CHUNK], row[ops.TASKS] = chunk, -(-outputs // chunk)
+        if self._in_tiles and length % DEPTH == 0:
+            row[ops.P_TILES] = TILE_ROWS
         width = (length if norm else 0) + (outputs if adds else 0)
-        self.scratch_width = max(self.scratch_width, width)
+        self._widths.append((width, length))
         return row
+
+    def scratch_bytes(self, rows: int) -> int:
+        """What a thread needs for products of so many rows."""
+        whole = -(-rows // ROWS) * ROWS
+        most = max(4 * rows * width + 2 * whole * length for width, length in self._widths)
+        return most + SUM_BYTES
 
     def linear(
         self,

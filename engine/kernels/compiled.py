@@ -26,13 +26,13 @@ def cache_directory() -> str:
     digest = sha256(numba.__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    directory = base / "infmoe" / f"kernels-{digest.hexdigest()[:16]}"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        directory = base / "infmoe" / f"kernels-{digest.hexdigest()[:16]}"
         directory.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=directory):
             return str(directory)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter if there is no home
         return ""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from engine.kernels import ops
 from engine.kernels.compiled import compiled
 from engine.kernels.curves import activate
-from engine.kernels.memory import add_stored, floats, stored, words
+from engine.kernels.memory import add_stored, floats, words
 from engine.kernels.norms import normalize
 from engine.kernels.products import multiply
 
@@ -62,13 +62,13 @@ def _gate(op: Any, scores: Any) -> None:
 
 
 @compiled
-def _best_left(gates: Any, taken: Any, bias: int, kind: int) -> Any:
+def _best_left(gates: Any, taken: Any, bias: int) -> Any:
     """The best expert that is not taken, the first of equals; some one, whatever the gates are."""
     best, best_value = -1, np.float32(0)
     for expert in range(len(gates)):
         value = gates[expert]
         if bias:
-            value += stored(bias, kind, expert)
+            value += floats(bias, expert + 1)[expert]
         if best < 0 or value > best_value:
             is_taken = False
             for other in taken:
@@ -81,11 +81,11 @@ def _best_left(gates: Any, taken: Any, bias: int, kind: int) -> Any:
 @compiled
 def _choose(op: Any, reals: Any, row: int, gates: Any) -> None:
     """Write the best experts of a row by rising number, and their gates."""
-    size, bias, kind = op[ops.R_PER_ROW], op[ops.R_CHOICE_BIAS], op[ops.KIND]
+    size, bias = op[ops.R_PER_ROW], op[ops.R_CHOICE_BIAS]
     ids = words(op[ops.R_IDS] + 8 * row * size, size)
     own = floats(op[ops.R_GATES] + 4 * row * size, size)
     for chosen in range(size):
-        best = _best_left(gates, ids[:chosen], bias, kind)
+        best = _best_left(gates, ids[:chosen], bias)
         place = chosen
         while place > 0 and ids[place - 1] > best:
             ids[place] = ids[place - 1]

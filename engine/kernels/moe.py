@@ -97,7 +97,7 @@ class Mixture:
         row[ops.R_NORMALIZES] = config.normalize_gates
         row[ops.R_SCALE] = real(config.routed_scale)
         if config.choice_bias:
-            row[ops.R_CHOICE_BIAS] = builder.address(layer.choice_bias)
+            row[ops.R_CHOICE_BIAS] = builder.address(layer.choice_bias.float())
         if config.shared_gate:
             row[ops.R_SHARED_GATE] = builder.address(layer.shared_gate.weight)
             row[ops.R_SHARED] = builder.address(buffers.shared_gates)

@@ -31,7 +31,8 @@ BF16, FP32 = 0, 1
     P_GATE,
     P_GATE_BIAS,
     P_GATE_OUT,
-) = range(3, 21)
+    P_TILES,  # rows from which on they are multiplied in tiles; 0: never
+) = range(3, 22)
 P_EPS = REALS
 
 # norms and turns of queries and keys, the new key and value into the cache, attention
@@ -83,7 +84,7 @@ W_CLIP, W_EPS = REALS, REALS + 1
     R_EXPERTS,
     R_PER_ROW,
     R_HOW,  # one of the ROUTERS
-    R_CHOICE_BIAS,
+    R_CHOICE_BIAS,  # of fp32
     R_NORMALIZES,
     R_IDS,  # (rows, per row) of int64
     R_GATES,  # (rows, per row)

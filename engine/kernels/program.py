@@ -34,6 +34,7 @@ from engine.kernels.mixture import (
 )
 from engine.kernels.norms import normalize, scale
 from engine.kernels.products import multiply
+from engine.kernels.tiles import ROWS, SUM_BYTES, multiply_in_tiles, pack
 
 # Words that threads share, each in a line of memory of its own.
 LINE = 8
@@ -47,13 +48,28 @@ SEMAPHORE_BYTES = 64
 
 
 @compiled
-def _multiply_out(  # noqa: PLR0913  rows and outputs of a product
-    op: Any, matrix: int, bias: int, out: int, x: int, xs: int, num_rows: int, begin: int, end: int
+def _multiply_out(  # noqa: PLR0913  rows and outputs of a product, and room
+    op: Any,
+    matrix: int,
+    bias: int,
+    out: int,
+    x: int,
+    xs: int,
+    num_rows: int,
+    begin: int,
+    end: int,
+    packed: int,
+    tiles: int,
 ) -> None:
-    """Write some outputs of a product, with its bias."""
+    """Write some outputs of a product, with its bias; of packed rows, if there are any."""
     kind, os = op[ops.KIND], op[ops.P_OUT_STRIDE]
     stride, length = op[ops.P_STRIDE], op[ops.P_LENGTH]
-    multiply(kind, x, xs, matrix, stride, out, os, length, num_rows, begin, end)
+    first = begin
+    if packed:
+        first = multiply_in_tiles(
+            packed, matrix, stride, out, os, length, num_rows, begin, end, tiles
+        )
+    multiply(kind, x, xs, matrix, stride, out, os, length, num_rows, first, end)
     if bias:
         size = 2 if kind == ops.BF16 else 4
         for row in range(num_rows):
@@ -61,7 +77,9 @@ def _multiply_out(  # noqa: PLR0913  rows and outputs of a product
 
 
 @compiled
-def _do_product(op: Any, task: int, x: int, xs: int, num_rows: int, scratch: int) -> None:
+def _do_product(
+    op: Any, task: int, x: int, xs: int, packed: int, num_rows: int, tiles: int, scratch: int
+) -> None:
     """The outputs of one task."""
     begin = task * op[ops.P_CHUNK]
     end = min(begin + op[ops.P_CHUNK], op[ops.P_OUTPUTS])
@@ -72,7 +90,8 @@ def _do_product(op: Any, task: int, x: int, xs: int, num_rows: int, scratch: int
         op[ops.P_GATE_OUT],
     )
     out = scratch - 4 * begin if op[ops.P_ADDS] else target  # with the same stride
-    _multiply_out(op, op[ops.P_MATRIX], op[ops.P_BIAS], out, x, xs, num_rows, begin, end)
+    bias = op[ops.P_BIAS]
+    _multiply_out(op, op[ops.P_MATRIX], bias, out, x, xs, num_rows, begin, end, packed, tiles)
     if op[ops.P_ADDS]:
         for row in range(num_rows):
             numbers = floats(target + row * os + 4 * begin, end - begin)
@@ -80,7 +99,8 @@ def _do_product(op: Any, task: int, x: int, xs: int, num_rows: int, scratch: int
             for n in range(end - begin):
                 numbers[n] += made[n]
     if gate:
-        _multiply_out(op, gate, op[ops.P_GATE_BIAS], other, x, xs, num_rows, begin, end)
+        bias = op[ops.P_GATE_BIAS]
+        _multiply_out(op, gate, bias, other, x, xs, num_rows, begin, end, packed, tiles)
     if op[ops.P_ACTIVATION]:
         for row in range(num_rows):
             there = row * os + 4 * begin
@@ -92,15 +112,23 @@ def _do_product(op: Any, task: int, x: int, xs: int, num_rows: int, scratch: int
 def _run_product(op: Any, reals: Any, counter: int, num_rows: int, scratch: int) -> None:
     x, xs, length = op[ops.P_X], op[ops.P_X_STRIDE], op[ops.P_LENGTH]
     task = add_shared(counter, 1)
-    if task < op[ops.TASKS] and op[ops.P_NORM]:
+    if task >= op[ops.TASKS]:
+        return
+    # each thread prepares rows for itself: cheaper than to wait for one
+    if op[ops.P_NORM]:
         eps, wide = reals[ops.P_EPS - ops.REALS], 4 * length
         weight, bias = op[ops.P_NORM_WEIGHT], op[ops.P_NORM_BIAS]
-        for row in range(num_rows):  # each thread for itself: cheaper than to wait for one
+        for row in range(num_rows):
             out = scratch + row * wide
             normalize(x + row * xs, out, length, op[ops.P_NORM], weight, bias, op[ops.KIND], eps)
         x, xs, scratch = scratch, wide, scratch + num_rows * wide
+    packed, tiles = 0, 0
+    if op[ops.P_TILES] and num_rows >= op[ops.P_TILES]:
+        packed, tiles = scratch, scratch + 2 * length * ((num_rows + ROWS - 1) // ROWS * ROWS)
+        pack(x, xs, num_rows, length, packed)
+        scratch = tiles + SUM_BYTES
     while task < op[ops.TASKS]:
-        _do_product(op, task, x, xs, num_rows, scratch)
+        _do_product(op, task, x, xs, packed, num_rows, tiles, scratch)
         task = add_shared(counter, 1)
 
 

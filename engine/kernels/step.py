@@ -14,6 +14,7 @@ from engine.kernels import ops
 from engine.kernels.builder import Builder, real
 from engine.kernels.moe import Mixture, MixtureBuffers, can_route
 from engine.kernels.team import the_team
+from engine.kernels.tiles import has_tiles
 from engine.model.attention import CrossAttention, SelfAttention
 from engine.model.blocks import DecoderCache
 from engine.model.layers import FeedForward
@@ -22,6 +23,7 @@ from engine.model.rotary import make_table
 from engine.model.topk import AnyMoE
 from engine.model.transformer import Transformer
 
+FEW_ROWS, MOST_ROWS = 16, 64
 POSITION_STEP = 256  # positions for which tables are made at once
 MARGIN = 16  # positions beyond the longest row that scores have room for
 
@@ -44,7 +46,8 @@ class Buffers:
 class StepProgram:
     """Steps and scores of a model in fp32, of weights and caches as they are stored.
 
-    A row gets the same bits alone and among others. For one thread at a time.
+    In invariant mode a row gets the same bits alone and among others; else rows are rounded to bf16
+    where many are multiplied. For one thread at a time.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -53,17 +56,27 @@ class StepProgram:
         self._positions = 0
         self._build(1, POSITION_STEP)
 
+    @property
+    def most_rows(self) -> int:
+        """Rows up to which this is faster than torch."""
+        return MOST_ROWS if self._dtype == torch.bfloat16 and has_tiles() else FEW_ROWS
+
+    @torch.no_grad()
     def step(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
         """Append a token to every row of the cache, which has room. Returns (B, D), normed."""
         rows, needed = len(tokens_B), cache.longest + 1
-        if rows > self._buffers.rows or needed > self._positions:
+        if (
+            rows > self._buffers.rows
+            or needed > self._positions
+            or self._builder.is_exact != self._model.is_invariant
+        ):
             self._build(max(rows, self._buffers.rows), max(needed, self._positions))
         self._embed(tokens_B, cache.lengths_B)
         self._point(cache)
         longest = max(needed, cache.cross_bias.shape[-1]) + MARGIN
         group = self._config.num_heads // self._config.kv_heads
         some = max(group * longest, self._config.num_experts)
-        scratch_bytes = 4 * max(rows * self._builder.scratch_width, some)
+        scratch_bytes = max(self._builder.scratch_bytes(rows), 4 * some)
         team, begin = the_team(), 0
         for end, stop in self._stops:
             if end > begin:
@@ -75,6 +88,7 @@ class StepProgram:
         cache.longest = needed
         return self._buffers.out[:rows].clone()
 
+    @torch.no_grad()
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Scores (B, V) of the next token for normed states."""
         model = self._model
@@ -84,10 +98,10 @@ class StepProgram:
         is_tied = self._config.tied_embeddings
         weight = model.embedding.weight if is_tied else model.lm_head.weight
         scores_BV = torch.empty(len(x_BD), len(weight))
-        builder = Builder(self._config, self._dtype)
+        builder = Builder(self._config, self._dtype, is_exact=model.is_invariant)
         bias = None if is_tied else model.lm_head.bias
         builder.product(x_BD, weight, scores_BV, bias_O=bias)
-        the_team().run(builder.table(), len(x_BD), 4 * builder.scratch_width)
+        the_team().run(builder.table(), len(x_BD), builder.scratch_bytes(len(x_BD)))
         return scores_BV
 
     def _embed(self, tokens_B: Tensor, lengths_B: Tensor) -> None:
@@ -109,6 +123,7 @@ class StepProgram:
 
     def _point_at(self, rows: list[int], keys: list[Tensor], values: list[Tensor]) -> None:
         table, size = self._table, keys[0].element_size()
+        assert keys[0].dtype == self._dtype
         table[rows, ops.A_KEYS] = [part.data_ptr() for part in keys]
         table[rows, ops.A_VALUES] = [part.data_ptr() for part in values]
         of_row, of_head, of_position, _ = keys[0].stride()
@@ -116,12 +131,14 @@ class StepProgram:
         table[rows, ops.A_POSITION_STRIDE] = of_position * size
         table[rows, ops.A_HEAD_STRIDE] = of_head * size
 
+    @torch.inference_mode(mode=False)  # its buffers are written in other modes as well
+    @torch.no_grad()
     def _build(self, rows: int, positions: int) -> None:
         """Make the program, for so many rows and positions at most."""
         config, model = self._config, self._model
         self._positions = -(-positions // POSITION_STEP) * POSITION_STEP
         self._buffers = Buffers(config, rows)
-        self._builder = Builder(config, self._dtype)
+        self._builder = Builder(config, self._dtype, is_exact=model.is_invariant)
         rotary, is_relative = config.rotary, config.positions == "relative"
         self._turns = None if rotary is None else make_table(rotary, self._positions)
         self._relative = self._by_distance() if is_relative else None

@@ -72,14 +72,12 @@ class Team:
             self._lock.release()
 
     def _begin(self) -> None:
-        if self._helpers or self.threads == 1:
-            return
-        libc = ctypes.CDLL(None)
-        for number in range(1, self.threads):
+        # what is missing: if a thread could not be started, the others wait for another try
+        for number in range(len(self._helpers) + 1, self.threads):
             place = self._semaphores.ctypes.data + SEMAPHORE_BYTES * number
-            libc.sem_init(ctypes.c_void_p(place), 0, 0)
-            arguments = (self._shared.ctypes.data, number, place)
-            helper = Thread(target=serve, args=arguments, daemon=True, name=f"kernel-{number}")
+            ctypes.CDLL(None).sem_init(ctypes.c_void_p(place), 0, 0)
+            arguments = (self._shared, self._semaphores, number)
+            helper = Thread(target=_help, args=arguments, daemon=True, name=f"kernel-{number}")
             helper.start()
             self._helpers.append(helper)
 
@@ -93,6 +91,11 @@ class Team:
                 helper.join()
             self._helpers = []
             self._shared[[IS_OVER, EPOCH]] = 0
+
+
+def _help(shared: Words, semaphores: NDArray[np.uint8], number: int) -> None:
+    """Serve, and hold the memory meanwhile: at exit a team goes before its helpers do."""
+    serve(shared.ctypes.data, number, semaphores.ctypes.data + SEMAPHORE_BYTES * number)
 
 
 class Scratch:
@@ -110,6 +113,7 @@ class Scratch:
             self._memory = np.empty(own_bytes * self._threads + ALIGNMENT, np.uint8)
         if len(self._counters) < len(table):
             self._counters = np.empty(len(table), np.int64)
+        assert len(table)  # else helpers would not wait for one another
         assert table.strides == (8 * COLUMNS, 8)
         address = self._memory.ctypes.data
         shared[TABLE], shared[NUM_OPS] = table.ctypes.data, len(table)
@@ -128,9 +132,9 @@ def the_team() -> Team:
     """The team of this process, of as many threads as torch uses now."""
     threads = torch.get_num_threads() if sys.platform == "linux" else 1
     teams = _teams()
-    if threads not in teams:
-        teams[threads] = Team(threads)
-    return teams[threads]
+    if threads in teams:
+        return teams[threads]
+    return teams.setdefault(threads, Team(threads))
 
 
 def _forget() -> Any:

@@ -15,6 +15,7 @@ WIDTH = 16
 SIZES = {"bf16": 2, "fp32": 4}
 UNROLLED = 2  # vectors of a row that are read at once: a line of bf16
 AHEAD = 16  # rows of a matrix by which lines are asked for: 576 x 2 bytes from 8 to 14 GB/s
+LINE_BYTES = 64
 NUM_SUMS = 16  # of a tile: as many vectors, and as many are left for what is read
 
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -227,6 +228,9 @@ def make_mix(kind: str, num_vectors: int) -> Callable[..., None]:
             place = at(builder, numbers, builder.mul(loop.index, number(4)), F32)
             factor = spread(builder, builder.load(place))
             row = builder.mul(loop.index, ws)
+            ahead = builder.add(row, builder.mul(ws, number(AHEAD)))
+            for place in range(0, num_vectors * WIDTH * SIZES[kind], LINE_BYTES):
+                ask_ahead(builder, w, builder.add(ahead, number(place)))
             made = []
             for i, total in enumerate(loop.carried):
                 offset = builder.add(row, number(i * WIDTH * SIZES[kind]))

@@ -97,6 +97,11 @@ class DecoderCache:
 class StepKernels(Protocol):
     """Steps of one token per row, and their scores, computed in another way than by torch."""
 
+    @property
+    def most_rows(self) -> int:
+        """Rows up to which it is faster than torch."""
+        ...
+
     def step(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
         """Append a token to every row of the cache, which has room. Returns (B, D), normed."""
         ...

@@ -37,15 +37,13 @@ from engine.model.topk import AnyMoE
 
 R = TypeVar("R")
 
-KERNEL_ROWS = 16  # up to which kernels that read weights as they are stored are faster
-
 
 class Transformer(nn.Module):
     """CPM-2, T5, Llama, Mixtral and their like, as the config tells; pre-norm.
 
     `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its
-    own. `set_invariant` sets `is_invariant`. `kernels` are for serving: they compute steps of up to
-    KERNEL_ROWS rows, of more in invariant mode.
+    own. `set_invariant` sets `is_invariant`. `kernels` are for serving: they compute steps of as
+    many rows as they are fast for, of all in invariant mode.
     """
 
     is_invariant = False
@@ -279,7 +277,7 @@ class Transformer(nn.Module):
         needed = cache.longest + num_new
         if needed > cache.capacity:
             raise ValueError(f"{needed} positions do not fit the cache of {cache.capacity}")
-        if num_new == 1 and self.kernels is not None and self._goes_to_kernels(len(tokens_BT)):
+        if num_new == 1 and self.kernels is not None and self._suits(self.kernels, len(tokens_BT)):
             return self.kernels.step(tokens_BT[:, 0], cache).unsqueeze(1)
         new_T = torch.arange(num_new, device=tokens_BT.device)
         position_BT = cache.lengths_B.unsqueeze(1) + new_T
@@ -339,14 +337,15 @@ class Transformer(nn.Module):
             make_spans(cross_bias, queries, sources, together=together),
         )
 
-    def _goes_to_kernels(self, rows: int) -> bool:
-        return self.is_invariant or rows <= KERNEL_ROWS
+    def _suits(self, kernels: StepKernels, rows: int) -> bool:
+        return self.is_invariant or rows <= kernels.most_rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of the next token for normed decoder states (..., D)."""
         rows = math.prod(hidden.shape[:-1])
-        if self.kernels is not None and self._goes_to_kernels(rows):
-            return self.kernels.logits(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        if self.kernels is not None and self._suits(self.kernels, rows):
+            scores_NV = self.kernels.logits(hidden.reshape(-1, hidden.shape[-1]))
+            return scores_NV.view(*hidden.shape[:-1], scores_NV.shape[-1])
         hidden = hidden.to(self.embedding.weight.dtype)
         if self.config.scale_logits:
             hidden = hidden * self.config.d_model**-0.5

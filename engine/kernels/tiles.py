@@ -1,0 +1,289 @@
+"""Products of many rows in the matrix unit of newer Xeons (AMX), of a bf16 matrix as it is stored.
+
+A tile of the matrix is 16 outputs of 32 numbers; rows are packed into tiles of 32 numbers by 16
+rows, in pairs. Sums are in fp32. What a row gets does not depend on the others.
+
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
+"""
+
+import ctypes
+import platform
+import sys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+
+from engine.kernels.compiled import compiled, inlined
+from engine.kernels.memory import floats
+from engine.kernels.vectors import (
+    F32,
+    I8,
+    I32,
+    I64,
+    VECTOR,
+    Loop,
+    ask_ahead,
+    at,
+    declare,
+    load,
+    number,
+)
+
+OUTPUTS, ROWS, DEPTH = 16, 16, 32  # of a tile
+TILE_BYTES = 1024
+SUM_BYTES = 2 * TILE_BYTES  # what sums need
+PERMISSION, TILE_DATA = 0x1023, 18  # of arch_prctl; the state that must be asked for
+ARCH_PRCTL = 158
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether this CPU has the unit, and the system lets this process use it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    features = binding.get_host_cpu_features()
+    if not (features.get("amx-tile") and features.get("amx-bf16")):
+        return False
+    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, PERMISSION, TILE_DATA) == 0)
+
+
+def _call(builder: ir.IRBuilder, name: str, *arguments: Any) -> None:
+    function = declare(
+        builder, f"llvm.x86.{name}", ir.VoidType(), *(value.type for value in arguments)
+    )
+    builder.call(function, arguments)
+
+
+def _tile(index: int) -> ir.Constant:
+    return ir.Constant(I8, index)
+
+
+def _pointer(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+    return builder.inttoptr(builder.add(address, offset), I8.as_pointer())
+
+
+@inlined
+def _configure(_context: Any, address: Any) -> tuple[Any, Any]:
+    """Set the shapes of tiles, from 64 bytes."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+        _call(builder, "ldtilecfg", _pointer(builder, arguments[0], number(0)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@inlined
+def _release(_context: Any) -> tuple[Any, Any]:
+    """Give the tiles up."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, __: Any) -> Any:
+        _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _make_sums(num_groups: int) -> Any:
+    """Products of 16 outputs with some groups of 16 packed rows.
+
+    Arguments: rows, matrix, its stride, out, tiles of a row. `out` gets a tile per group: by
+    outputs, 16 rows each. More outputs at once are slower: 14 GB/s of the matrix with one tile, 11
+    with four.
+    """
+
+    @inlined
+    def sums(_context: Any, x: Any, w: Any, ws: Any, out: Any, depth: Any) -> tuple[Any, Any]:
+        def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+            x, w, ws, out, depth = arguments
+            matrix = _tile(2 * num_groups)
+            for i in range(num_groups):
+                _call(builder, "tilezero", _tile(i))
+            group = builder.mul(depth, number(TILE_BYTES))
+            loop = Loop(builder, number(0), [])
+            loop.begin(builder.sub(depth, number(1)))
+            offset = builder.mul(loop.index, number(2 * DEPTH))
+            _call(builder, "tileloadd64", matrix, _pointer(builder, w, offset), ws)
+            for i in range(num_groups):
+                here = builder.add(x, builder.mul(group, number(i)))
+                place = _pointer(builder, here, builder.mul(loop.index, number(TILE_BYTES)))
+                _call(builder, "tileloadd64", _tile(num_groups + i), place, number(2 * DEPTH))
+                _call(builder, "tdpbf16ps", _tile(i), matrix, _tile(num_groups + i))
+            for row in range(OUTPUTS):
+                ahead = builder.add(w, builder.mul(ws, number(OUTPUTS + row)))
+                ask_ahead(builder, ahead, offset)
+            loop.close(1, [])
+            for i in range(num_groups):
+                place = _pointer(builder, out, number(TILE_BYTES * i))
+                _call(builder, "tilestored64", _tile(i), place, number(4 * ROWS))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return sums
+
+
+ONE_GROUP, TWO_GROUPS = _make_sums(1), _make_sums(2)
+
+
+def _transposed(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16 numbers, by columns."""
+    step = ROWS // 2
+    while step:
+        for i in range(ROWS):
+            if i & step:
+                continue
+            low, high = rows[i], rows[i | step]
+            first = [lane if not lane & step else ROWS + (lane ^ step) for lane in range(ROWS)]
+            second = [lane | step if not lane & step else ROWS + lane for lane in range(ROWS)]
+            rows[i], rows[i | step] = (
+                builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, ROWS), lanes))
+                for lanes in (first, second)
+            )
+        step //= 2
+    return rows
+
+
+def _rounded_pairs(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+    """32 numbers of fp32 as 16 pairs of bf16: the nearest, the even one of two; NaN stays."""
+    wide, pairs = ir.VectorType(I32, DEPTH), ir.VectorType(I64, DEPTH // 2)
+    some = ir.VectorType(F32, DEPTH)
+
+    def all_of(value: int) -> ir.Constant:
+        return ir.Constant(wide, [value] * DEPTH)
+
+    numbers = builder.load(at(builder, address, offset, some))
+    numbers.align = 4
+    bits = builder.bitcast(numbers, wide)
+    even = builder.and_(builder.lshr(bits, all_of(16)), all_of(1))
+    nearest = builder.add(builder.add(bits, all_of(0x7FFF)), even)
+    is_number = builder.fcmp_ordered("ord", numbers, numbers)
+    nearest = builder.bitcast(builder.select(is_number, nearest, all_of(0x7FC00000)), pairs)
+
+    def shifted(count: int, mask: int) -> Any:
+        moved = builder.lshr(nearest, ir.Constant(pairs, [count] * (DEPTH // 2)))
+        return builder.and_(moved, ir.Constant(pairs, [mask] * (DEPTH // 2)))
+
+    together = builder.or_(shifted(16, 0xFFFF), shifted(32, 0xFFFF0000))
+    return builder.trunc(together, ir.VectorType(I32, DEPTH // 2))
+
+
+@inlined
+def _pack_tile(_context: Any, x: Any, xs: Any, last: Any, out: Any) -> tuple[Any, Any]:
+    """Pack 32 numbers of 16 rows into a tile; behind row `last`, that one again."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+        x, xs, last, out = arguments
+        rows = []
+        for i in range(ROWS):
+            is_there = builder.icmp_signed("<=", number(i), last)
+            row = builder.select(is_there, number(i), last)
+            rows.append(_rounded_pairs(builder, x, builder.mul(row, xs)))
+        for i, pairs in enumerate(_transposed(builder, rows)):
+            place = at(builder, out, number(2 * DEPTH * i), pairs.type)
+            builder.store(pairs, place).align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@inlined
+def _put_tile(_context: Any, tile: Any, out: Any, os: Any) -> tuple[Any, Any]:
+    """Write a tile of sums, which stand by outputs, to 16 rows."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+        tile, out, os = arguments
+        columns = [load(builder, "fp32", tile, number(4 * ROWS * i)) for i in range(OUTPUTS)]
+        for i, row in enumerate(_transposed(builder, columns)):
+            builder.store(row, at(builder, out, builder.mul(os, number(i)), VECTOR)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@compiled
+def pack(x: int, xs: int, num_rows: int, length: int, out: int) -> None:
+    """Pack rows of fp32 as bf16 into tiles. What fills the last group of rows has no meaning.
+
+    `length` is a multiple of 32. `out` gets 2 * length bytes for each row of whole groups.
+    """
+    for first in range(0, num_rows, ROWS):
+        last = min(num_rows - first, ROWS) - 1
+        for i in range(0, length, DEPTH):
+            there = out + 2 * first * length + TILE_BYTES * (i // DEPTH)
+            _pack_tile(x + first * xs + 4 * i, xs, last, there)
+
+
+@compiled
+def _put(tile: int, out: int, os: int, num_rows: int) -> None:
+    """Write sums of a group to its rows."""
+    if num_rows >= ROWS:
+        _put_tile(tile, out, os)
+        return
+    numbers = floats(tile, OUTPUTS * ROWS)
+    for row in range(num_rows):
+        target = floats(out + row * os, OUTPUTS)
+        for n in range(OUTPUTS):
+            target[n] = numbers[n * ROWS + row]
+
+
+def _multiply_in_tiles(  # noqa: PLR0913  two matrices, where they lie, and where to
+    x: int,
+    w: int,
+    ws: int,
+    out: int,
+    os: int,
+    length: int,
+    num_rows: int,
+    begin: int,
+    end: int,
+    scratch: int,
+) -> int:
+    """Write outputs from `begin` on of packed rows, as many as fill tiles. Returns where they end.
+
+    `scratch` has room for two tiles.
+    """
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    for i in range(8):
+        shapes[16 + 2 * i], shapes[48 + i] = 2 * DEPTH, OUTPUTS
+    _configure(shapes.ctypes.data)
+    n = begin
+    while n + OUTPUTS <= end:
+        row = 0
+        while row < num_rows:
+            rows, there = x + 2 * row * length, out + row * os + 4 * n
+            if num_rows - row > ROWS:
+                TWO_GROUPS(rows, w + n * ws, ws, scratch, length // DEPTH)
+                _put(scratch, there, os, ROWS)
+                _put(scratch + TILE_BYTES, there + ROWS * os, os, num_rows - row - ROWS)
+                row += 2 * ROWS
+            else:
+                ONE_GROUP(rows, w + n * ws, ws, scratch, length // DEPTH)
+                _put(scratch, there, os, num_rows - row)
+                row += ROWS
+        n += OUTPUTS
+    _release()
+    return n
+
+
+def _multiply_nothing(  # noqa: PLR0913  as the other
+    x: int,
+    w: int,
+    ws: int,
+    out: int,
+    os: int,
+    length: int,
+    num_rows: int,
+    begin: int,
+    end: int,
+    scratch: int,
+) -> int:
+    """Where there is no such unit: what would use it could not be compiled."""
+    return begin
+
+
+multiply_in_tiles = compiled(_multiply_in_tiles if has_tiles() else _multiply_nothing)
