@@ -13,6 +13,7 @@ STEP = 64  # positions by which the arenas grow
 MAX_ROWS = 64  # for which room is made in advance
 
 Shape = tuple[int, int, int]  # rows, decoder positions, source positions
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 class RowCache:
@@ -38,6 +39,7 @@ class RowCache:
         self._capacities: list[int] = []
         self._sources: list[int] = []
         self._filled: list[int] = []
+        self._viewed: tuple[tuple[int, int, int], Lists] | None = None
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -139,24 +141,27 @@ class RowCache:
         """Rows begin .. end - 1 as a cache for `Transformer.step`; it writes into the arenas."""
         rows = slice(begin, len(self) if end is None else end)
         source = max(self._sources[rows])
+        key = (rows.start, rows.stop, source)
+        if self._viewed is None or self._viewed[0] != key:
+            self._viewed = (key, self._views(rows, source))
+        bias, lengths = self._bias[rows, ..., :source], self._lengths[rows]
+        return DecoderCache(*self._viewed[1], bias, lengths, max(self._filled[rows]))
+
+    def _views(self, rows: slice, source: int) -> Lists:
+        """Keys and values of all layers, of self-attention and of cross-attention."""
         own = self._self[:, :, rows].transpose(3, 4)
+        keys, values = list(own[:, 0]), list(own[:, 1])
+        if self._model.config.is_decoder_only:
+            return keys, values, [], []
         cross = self._cross[:, :, rows, :source].transpose(3, 4)
-        has_cross = not self._model.config.is_decoder_only
-        return DecoderCache(
-            list(own[:, 0]),
-            list(own[:, 1]),
-            list(cross[:, 0]) if has_cross else [],
-            list(cross[:, 1]) if has_cross else [],
-            self._bias[rows, ..., :source],
-            self._lengths[rows],
-            max(self._filled[rows]),
-        )
+        return keys, values, list(cross[:, 0]), list(cross[:, 1])
 
     def _reserve(self, rows: int, capacity: int, source: int) -> None:
         shape = self._shape_for(rows, capacity, source)
         if shape == self._shape:
             return
         new_rows, new_capacity, new_source = shape
+        self._viewed = None
         if not len(self):  # nothing is kept
             self._self = self._cross = self._arena(0, 0)
             self._bias = self._mask(0, 0)

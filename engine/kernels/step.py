@@ -54,6 +54,7 @@ class StepProgram:
         self._model, self._config = model, model.config
         self._dtype = model.embedding.weight.dtype
         self._positions = 0
+        self._head: Builder | None = None
         self._build(1, POSITION_STEP)
 
     @property
@@ -91,18 +92,27 @@ class StepProgram:
     @torch.no_grad()
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Scores (B, V) of the next token for normed states."""
-        model = self._model
         x_BD = hidden_BD.float().contiguous()
         if self._config.scale_logits:
             x_BD = x_BD * self._config.d_model**-0.5
-        is_tied = self._config.tied_embeddings
-        weight = model.embedding.weight if is_tied else model.lm_head.weight
-        scores_BV = torch.empty(len(x_BD), len(weight))
-        builder = Builder(self._config, self._dtype, is_exact=model.is_invariant)
-        bias = None if is_tied else model.lm_head.bias
-        builder.product(x_BD, weight, scores_BV, bias_O=bias)
-        the_team().run(builder.table(), len(x_BD), builder.scratch_bytes(len(x_BD)))
+        if self._head is None or self._head.is_exact != self._model.is_invariant:
+            self._head = self._make_head()
+        scores_BV = torch.empty(len(x_BD), self._config.vocab_size)
+        table = self._head.table()
+        table[0, ops.P_X], table[0, ops.P_OUT] = x_BD.data_ptr(), scores_BV.data_ptr()
+        the_team().run(table, len(x_BD), self._head.scratch_bytes(len(x_BD)))
         return scores_BV
+
+    def _make_head(self) -> Builder:
+        """The product that makes scores, still without states and room."""
+        model, config = self._model, self._config
+        builder = Builder(config, self._dtype, is_exact=model.is_invariant)
+        is_tied = config.tied_embeddings
+        weight = model.embedding.weight if is_tied else model.lm_head.weight
+        x_1D, scores_1V = torch.zeros(1, config.d_model), torch.zeros(1, config.vocab_size)
+        bias = None if is_tied else model.lm_head.bias
+        builder.product(x_1D, weight, scores_1V, bias_O=bias)
+        return builder
 
     def _embed(self, tokens_B: Tensor, lengths_B: Tensor) -> None:
         out_BD = self._buffers.x[: len(tokens_B)]
@@ -122,6 +132,11 @@ class StepProgram:
             self._point_at(self._cross, cache.cross_keys, cache.cross_values)
 
     def _point_at(self, rows: list[int], keys: list[Tensor], values: list[Tensor]) -> None:
+        """Does nothing if they lie where those of the step before lay, in arenas of all layers."""
+        place = (*(part.data_ptr() for part in (keys[0], keys[-1], values[0])), keys[0].stride())
+        if self._places.get(rows[0]) == place:
+            return
+        self._places[rows[0]] = place
         table, size = self._table, keys[0].element_size()
         assert keys[0].dtype == self._dtype
         table[rows, ops.A_KEYS] = [part.data_ptr() for part in keys]
@@ -144,6 +159,7 @@ class StepProgram:
         self._relative = self._by_distance() if is_relative else None
         self._own: list[int] = []
         self._cross: list[int] = []
+        self._places: dict[int, tuple[object, ...]] = {}
         self._stops: list[tuple[int, Callable[[int], None] | None]] = []
         mixtures = MixtureBuffers(config, rows) if config.num_experts else None
         for index, block in enumerate(model.decoder.blocks()):
