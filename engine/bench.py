@@ -21,6 +21,7 @@ from engine.convert import count_parameters, load_any
 from engine.experts import OffloadedExperts, load_offloaded
 from engine.machine import disk_rate, dram_rate
 from engine.model.transformer import Transformer
+from engine.prepare import prepare
 from offload.pipeline import PipelineStats
 
 REPEATS = 5
@@ -100,6 +101,7 @@ def run_bench(
         model = load_any(path, dtype)
     else:
         model, experts = load_offloaded(path, dtype, expert_memory)
+    prepare(model)
     samples = [
         measure(DecodeBench(model, source_length, num_tokens, seed), experts)
         for seed in range(REPEATS + 1)

@@ -26,6 +26,7 @@ from engine.errors import EngineError
 from engine.experts import load_offloaded
 from engine.model.layers import FeedForwardWeights
 from engine.model.transformer import Transformer
+from engine.prepare import prepare
 from offload.store import ExpertStore
 
 
@@ -88,9 +89,10 @@ class Runner(Protocol):
 
 
 class OurRunner:
-    """Our model, wherever its experts come from."""
+    """Our model as it is served, wherever its experts come from."""
 
     def __init__(self, model: Transformer) -> None:
+        prepare(model)
         self._model = model
 
     def encode(self, source: Tensor) -> Tensor:
