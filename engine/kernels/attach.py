@@ -19,8 +19,10 @@ def attach_kernels(model: Transformer) -> bool:
     Compiles at first (some 10 s), unless that was kept on disk.
     """
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
-    dtype = model.embedding.weight.dtype
-    if dtype not in KINDS or model.config.latent is not None:
+    config, dtype = model.config, model.embedding.weight.dtype
+    # programs bound queries and keys before heads are normed; no family does both
+    is_known = config.latent is None and not (config.clip_qkv and config.query_key_norm == "head")
+    if dtype not in KINDS or not is_known:
         return False
     if not all(_is_readable(weight, dtype, name) for name, weight in weights.items()):
         return False

@@ -14,7 +14,7 @@ from engine.kernels import ops
 from engine.kernels.builder import Builder, real
 from engine.kernels.moe import Mixture, MixtureBuffers, can_route
 from engine.kernels.team import the_team
-from engine.kernels.tiles import has_tiles
+from engine.kernels.tiles import has_tiles, has_wide_vectors
 from engine.model.attention import CrossAttention, SelfAttention
 from engine.model.blocks import DecoderCache
 from engine.model.layers import FeedForward
@@ -23,7 +23,7 @@ from engine.model.rotary import make_table
 from engine.model.topk import AnyMoE
 from engine.model.transformer import Transformer
 
-FEW_ROWS, MOST_ROWS = 16, 64
+LEAST_ROWS, FEW_ROWS, MOST_ROWS = 2, 32, 64
 POSITION_STEP = 256  # positions for which tables are made at once
 MARGIN = 16  # positions beyond the longest row that scores have room for
 
@@ -60,7 +60,9 @@ class StepProgram:
     @property
     def most_rows(self) -> int:
         """Rows up to which this is faster than torch."""
-        return MOST_ROWS if self._dtype == torch.bfloat16 and has_tiles() else FEW_ROWS
+        if self._dtype == torch.bfloat16 and has_tiles():
+            return MOST_ROWS
+        return FEW_ROWS if has_wide_vectors() else LEAST_ROWS
 
     @torch.no_grad()
     def step(self, tokens_B: Tensor, cache: DecoderCache) -> Tensor:
@@ -132,15 +134,15 @@ class StepProgram:
             self._point_at(self._cross, cache.cross_keys, cache.cross_values)
 
     def _point_at(self, rows: list[int], keys: list[Tensor], values: list[Tensor]) -> None:
-        """Does nothing if they lie where those of the step before lay, in arenas of all layers."""
-        place = (*(part.data_ptr() for part in (keys[0], keys[-1], values[0])), keys[0].stride())
+        """Does nothing if they all lie where those of the step before lay."""
+        assert keys[0].dtype == self._dtype
+        keys_at, values_at = ([part.data_ptr() for part in parts] for parts in (keys, values))
+        place = (keys_at, values_at, keys[0].stride())  # layers of beams move one by one
         if self._places.get(rows[0]) == place:
             return
         self._places[rows[0]] = place
         table, size = self._table, keys[0].element_size()
-        assert keys[0].dtype == self._dtype
-        table[rows, ops.A_KEYS] = [part.data_ptr() for part in keys]
-        table[rows, ops.A_VALUES] = [part.data_ptr() for part in values]
+        table[rows, ops.A_KEYS], table[rows, ops.A_VALUES] = keys_at, values_at
         of_row, of_head, of_position, _ = keys[0].stride()
         table[rows, ops.A_ROW_STRIDE] = of_row * size
         table[rows, ops.A_POSITION_STRIDE] = of_position * size

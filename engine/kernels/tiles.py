@@ -50,6 +50,11 @@ def has_tiles() -> bool:
     return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, PERMISSION, TILE_DATA) == 0)
 
 
+def has_wide_vectors() -> bool:
+    """Whether 16 numbers of fp32 are one vector of this CPU, and 16 of those fit its registers."""
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
+
 def _call(builder: ir.IRBuilder, name: str, *arguments: Any) -> None:
     function = declare(
         builder, f"llvm.x86.{name}", ir.VoidType(), *(value.type for value in arguments)
