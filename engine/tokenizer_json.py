@@ -52,7 +52,8 @@ class JsonTokenizer:
     """The tokenizer of a `tokenizer.json`, run by the library that wrote it.
 
     Unlike the other vocabularies, and as everybody who serves such models does, special tokens that
-    are typed in a text become their ids: chat templates write them so. No sentinels. Decoding says
+    are typed in a text become their ids: chat templates write them so. `mark_texts` are those, for
+    who must keep what a user types from being one. No sentinels. Decoding says
     nothing for special tokens. Runs of bytes that are no UTF-8 become U+FFFD as Python has it; the
     library writes one for each byte in a vocabulary with byte pieces.
 
@@ -65,6 +66,7 @@ class JsonTokenizer:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
+        self.mark_texts = tuple(token.content for token in added.values() if token.special)
         pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()}
         self._spelled = [b""] * (max(pieces, default=-1) + 1)
         self._first = self._spelled.copy()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from engine.errors import RequestError
 from engine.prompt import MAX_TOKEN_CHARS
 from server.body_route import post
+from server.chat_marks import Cover, Shield, make_shield
 from server.gateway import Gateway
 from server.logprobs import tell_chat_logprobs
 from server.orders import Prompt
@@ -47,23 +48,33 @@ def join_turns(messages: Sequence[Message]) -> str:
     return "\n".join(message.text() for message in messages)
 
 
-def encode_rendered(text: str, engine: Engine) -> Prompt:
+def make_chat_shield(body: ChatRequest, engine: Engine) -> Shield | None:
+    """What keeps marks that somebody typed from being marks; None if there are none."""
+    settings = (value for value in body.chat_template_kwargs.values() if isinstance(value, str))
+    texts = [*(message.text() for message in body.messages), *settings]
+    return make_shield(texts, getattr(engine.tokenizer, "mark_texts", ()))
+
+
+def encode_rendered(text: str, engine: Engine, shield: Shield | None) -> Prompt:
     """Ids of what a template wrote, which has all marks already, also that of the beginning.
 
     A text that cannot fit is returned as it is, and refused later.
     """
     if len(text) > engine.config.max_prompt_tokens * MAX_TOKEN_CHARS:
-        return text
-    return engine.tokenizer.encode(text)
+        return text if shield is None else shield.uncover(text)
+    encode = engine.tokenizer.encode
+    return encode(text) if shield is None else shield.encode(text, encode)
 
 
-def default_limit(engine: Engine, prompt: Prompt, decoder_prompt: str) -> int:
+def default_limit(engine: Engine, prompt: Prompt, decoder_prompt: Prompt) -> int:
     """Most tokens of an answer that names no limit: what OpenAI's is would block all caches.
 
     Of a decoder-only model the prompt takes its share of the room.
     """
     room = engine.config.max_prompt_tokens
-    room -= len(engine.tokenizer.encode(decoder_prompt))
+    if isinstance(decoder_prompt, str):
+        decoder_prompt = engine.tokenizer.encode(decoder_prompt)
+    room -= len(decoder_prompt)
     room -= 0 if isinstance(prompt, str) else len(prompt)
     return max(1, min(DEFAULT_MAX_TOKENS, room))
 
@@ -71,17 +82,19 @@ def default_limit(engine: Engine, prompt: Prompt, decoder_prompt: str) -> int:
 def read_chat(body: ChatRequest, template: ChatTemplate | None, engine: Engine) -> Draft:
     """What a conversation comes to. Raises RequestError if the template refuses it."""
     messages = body.messages
-    decoder_prompt = ""
+    is_decoder_only = engine.config.is_decoder_only
+    shield = make_chat_shield(body, engine) if is_decoder_only else None
+    decoder_prompt: Prompt = ""
     if body.continue_final_message:
         *messages, last = messages
         decoder_prompt = last.text()
-    is_decoder_only = engine.config.is_decoder_only
+        if shield is not None:
+            decoder_prompt = encode_rendered(shield.cover(decoder_prompt), engine, shield)
     if template is None:
         if is_decoder_only:
             raise RequestError(NO_TEMPLATE, "messages")
         text = join_turns(messages)
     else:
-        turns = [{"role": message.role, "content": message.text()} for message in messages]
         is_opening = (
             not body.continue_final_message
             if body.add_generation_prompt is None
@@ -89,8 +102,15 @@ def read_chat(body: ChatRequest, template: ChatTemplate | None, engine: Engine) 
         )
         # what is to be continued follows the mark of the assistant's turn
         is_opening |= is_decoder_only and body.continue_final_message
-        text = template.render(turns, body.chat_template_kwargs, is_opening=is_opening)
-    prompt = encode_rendered(text, engine) if is_decoder_only else text
+
+        def render(cover: Cover) -> str:
+            turns = [{"role": turn.role, "content": cover(turn.text())} for turn in messages]
+            settings = body.chat_template_kwargs.items()
+            told = {name: cover(v) if isinstance(v, str) else v for name, v in settings}
+            return template.render(turns, told, is_opening=is_opening)
+
+        text = render(str) if shield is None else shield.render(render)
+    prompt = encode_rendered(text, engine, shield) if is_decoder_only else text
     return Draft(
         prompts=[prompt],
         decoder_prompt=decoder_prompt,
