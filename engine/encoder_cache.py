@@ -50,12 +50,13 @@ class EncoderCache:
         self._limit_bytes = limit_bytes
         self._entries: dict[_Key, _Entry] = {}  # the one used last is last
         self._nbytes = 0
-        self._hits = self._misses = 0
+        self._hits = self._misses = self._partial_hits = self._hit_tokens = 0
 
     @property
     def stats(self) -> CacheStats:
         """Counts and bytes as they are now; other threads may ask."""
-        return CacheStats(self._hits, self._misses, self._nbytes)
+        counts = self._partial_hits, self._hit_tokens
+        return CacheStats(self._hits, self._misses, self._nbytes, *counts)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,6 +76,7 @@ class EncoderCache:
             self._misses += 1
             return None
         self._hits += 1
+        self._hit_tokens += len(request.source.ids)
         entry = self._entries[key] = self._entries.pop(key)
         return entry.encoded_SD
 
@@ -96,6 +98,11 @@ class EncoderCache:
             return None
         vectors = key.slots.front if key.slots else 0
         return Begun(found.encoded_SD[: vectors + best], best)
+
+    def count_begun(self, part: Begun) -> None:
+        """Count a text of which the rest alone is read."""
+        self._partial_hits += 1
+        self._hit_tokens += part.num_ids
 
     def keep(self, request: Request, encoded_SD: Tensor) -> None:
         """Keep a copy of an output, if there is a salt, room, and no NaN in it."""

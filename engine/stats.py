@@ -7,11 +7,17 @@ from offload.pipeline import PipelineStats
 
 
 class CacheStats(NamedTuple):
-    """Texts that were found and that were not, since the start; bytes that are kept now."""
+    """Texts that were found and that were not, since the start; bytes that are kept now.
+
+    Of `partial_hits` only the beginning was found. `hit_tokens` are those of texts that needed not
+    be read again, whole or in part.
+    """
 
     hits: int
     misses: int
     nbytes: int
+    partial_hits: int = 0
+    hit_tokens: int = 0
 
 
 class WorkStats(NamedTuple):

@@ -37,6 +37,8 @@ def describe(
             "limit_bytes": settings.encoder_cache,
             "used_bytes": stats.encoder_cache.nbytes,
             "hits": stats.encoder_cache.hits,
+            "partial_hits": stats.encoder_cache.partial_hits,
+            "hit_tokens": stats.encoder_cache.hit_tokens,
             "misses": stats.encoder_cache.misses,
         },
         "is_batch_invariant": settings.invariant,

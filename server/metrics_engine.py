@@ -57,6 +57,14 @@ class WorkCollector(Collector):
             "infmoe_sweep_texts": ("Texts of all sweeps", stats.work.texts),
             "infmoe_sweep_tokens": ("Tokens of all sweeps", stats.work.tokens),
             "infmoe_encoder_cache_hits": ("Texts found encoded", stats.encoder_cache.hits),
+            "infmoe_encoder_cache_partial_hits": (
+                "Texts of which the beginning was found",
+                stats.encoder_cache.partial_hits,
+            ),
+            "infmoe_encoder_cache_hit_tokens": (
+                "Tokens of texts that were found, whole or in part",
+                stats.encoder_cache.hit_tokens,
+            ),
             "infmoe_encoder_cache_misses": ("Texts not found", stats.encoder_cache.misses),
         }
         for name, (text, value) in counts.items():

@@ -260,7 +260,8 @@ def test_a_prompt_that_was_read_before_is_not_read_again():
     first, second = (replace(make_request("hello", LLAMA, max_tokens=3), salt="s") for _ in "ab")
     events = run(engine, {0: [a := Job(first)], 30: [b := Job(second)]})
     assert pieces(events[a]) == pieces(events[b])
-    assert engine.known.hits == 1
+    assert (engine.known.hits, engine.known.partial_hits) == (1, 0)
+    assert engine.known.hit_tokens == events[b][-1].cached_tokens == len(second.source.ids)
 
 
 @pytest.mark.parametrize("name", ["llama", "windowed"])
@@ -290,6 +291,9 @@ def test_of_a_prompt_that_begins_with_a_known_one_only_the_rest_is_read(name):
     told = [events[job][-1].cached_tokens for job in [*jobs, *others]]
     assert told[0] == told[4] == told[5] == 0
     assert min(told[1:4]) >= len(start) - 1
+    known = engine.known
+    assert (known.hits, known.partial_hits, known.misses) == (0, 3, 2)  # of those with a salt
+    assert known.hit_tokens == sum(told)
 
 
 def test_vectors_of_another_adapter_share_no_beginning():

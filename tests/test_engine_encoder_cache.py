@@ -58,7 +58,8 @@ def test_only_the_same_ids_adapter_and_salt_find_it():
     for other in others:
         assert not cache.knows(other)
         assert cache.find(other) is None
-    assert cache.stats == (2, len(others), 3 * ROW_BYTES)
+    found = len(request.source.ids) + len(salted(adapter=adapter).source.ids)
+    assert cache.stats == (2, len(others), 3 * ROW_BYTES, 0, found)
 
 
 def test_without_a_salt_nothing_is_kept_or_found_or_counted():
@@ -66,7 +67,7 @@ def test_without_a_salt_nothing_is_kept_or_found_or_counted():
     cache.keep(salted(salt=None), output())
     cache.keep(salted(), output())
     assert cache.find(salted(salt=None)) is None
-    assert (len(cache), cache.stats) == (1, (0, 0, 3 * ROW_BYTES))
+    assert (len(cache), cache.stats) == (1, (0, 0, 3 * ROW_BYTES, 0, 0))
 
 
 def test_the_one_used_longest_ago_makes_room():
@@ -206,7 +207,7 @@ def test_off_by_default():
     for _ in range(2):
         (events,) = run(engine, {0: [Job(salted())]}).values()
         assert events[-1].cached_tokens == 0
-    assert engine.known == (0, 2, 0)
+    assert engine.known == (0, 2, 0, 0, 0)
 
 
 def test_it_takes_its_bytes_from_those_of_the_caches_and_gives_them_to_one_long_row():

@@ -52,7 +52,8 @@ def test_info_of_a_model_that_nobody_planned():
     }
     load = {"waiting": 0, "waiting_tokens": 0, "running": 0, "max_rows": 32}
     assert values["queue"] == load
-    assert values["encoder_cache"] == {"limit_bytes": 0, "used_bytes": 0, "hits": 0, "misses": 0}
+    counts = dict.fromkeys(("hits", "partial_hits", "hit_tokens", "misses"), 0)
+    assert values["encoder_cache"] == {"limit_bytes": 0, "used_bytes": 0, **counts}
     assert values["is_batch_invariant"] is False
     assert values["adapters"] is None
     assert values["versions"]["torch"] == installed_version("torch")
