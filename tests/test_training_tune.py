@@ -10,9 +10,10 @@ import torch
 
 from engine.adapters import Slots, load_adapter, model_fingerprint
 from engine.checkpoint import load_model, save_model
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.experts import load_offloaded
 from engine.generation import generate
+from engine.model_paths import NAMED, PackagedModel
 from engine.prompt import build_request, decoder_prefix
 from engine.request import Continuations, Piece, SamplingParams, Scored
 from engine.scoring import make_question, score
@@ -428,6 +429,31 @@ def test_a_recipe_says_the_same_as_options(tmp_path):
         recipe.write_text(text.replace(old, new), encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             read_tune_recipe(recipe)
+
+
+def test_a_recipe_may_name_a_model_as_serving_does(tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "some_packaged_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "some.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setitem(NAMED, "some", PackagedModel("some_packaged_model", "pip install it"))
+    monkeypatch.setitem(NAMED, "absent", PackagedModel("no_such_package", "pip install it"))
+    recipe = tmp_path / "run.toml"
+
+    def read(name):
+        text = f'model="{name}"\ndata="rows.jsonl"\nout="out"\ntask="spam_en"\n'
+        recipe.write_text(text, encoding="utf-8")
+        return read_tune_recipe(recipe).model
+
+    assert read("some") == package / "some.gguf"
+    assert read("other") == tmp_path / "other"
+    assert read("../a.gguf") == tmp_path / "../a.gguf"
+    assert read("/models/other") == Path("/models/other")
+    with pytest.raises(CheckpointError, match="pip install it"):
+        read("absent")
+    (tmp_path / "some").mkdir()  # a folder beside the recipe goes first
+    assert read("some") == tmp_path / "some"
 
 
 def test_bad_data_is_told_before_the_model_is_read(tmp_path):

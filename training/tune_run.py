@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.experts import load_offloaded
 from engine.model.initial import num_parameters
 from engine.model.transformer import Transformer
+from engine.model_paths import find_model
 from engine.tokenizer import Tokenizer, open_tokenizer
 from training.growth_files import check_free, read_model_config
 from training.process_memory import peak_memory
@@ -70,7 +71,8 @@ RECIPE_KEYS = ("model", "data", "out", "task", "dev", "run", "version")
 def read_tune_recipe(path: Path) -> TunePlan:
     """Read a plan from a TOML file; paths in it are relative to its folder.
 
-    Raises ConfigError that names the file and the key.
+    The model may be a named one, as for `infmoe serve`. Raises ConfigError that names the file and
+    the key, CheckpointError if the package of a named model is missing.
     """
     values = read_tables(path)
     try:
@@ -90,10 +92,9 @@ def read_tune_recipe(path: Path) -> TunePlan:
         }
         settings = replace(build_table(TuneSettings, table, "tune"), **optional)
         paths: dict[str, Any] = {
-            key: path.parent / values[key]
-            for key in ("model", "data", "out", "dev", "run")
-            if key in values
+            key: path.parent / values[key] for key in ("data", "out", "dev", "run") if key in values
         }
+        paths["model"] = find_model(values["model"], path.parent)
         task = values["task"]
         task = open_task(str(path.parent / task) if task.endswith(".toml") else task)
         version = values.get("version", "1")
