@@ -1,6 +1,7 @@
 """A directory of adapters, read when they are asked for and watched for new versions."""
 
 import logging
+import math
 import threading
 import time
 import weakref
@@ -8,13 +9,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from engine.adapter_folders import POINTER, list_names, read_change
-from engine.adapter_reader import AdapterReader
+from engine.adapter_folders import PLAIN, POINTER, list_names, list_versions, read_change
+from engine.adapter_pins import AdapterPins
+from engine.adapter_reader import RETRY_S, AdapterReader
 from engine.adapter_states import AdapterInfo, Entry, State, StoreSnapshot, Version
 from engine.adapter_table import AdapterTable
 from engine.adapters import Adapter, Base
 from engine.adapters_manifest import write_file
-from engine.errors import CheckpointError, EngineStopped, Overloaded, RequestError
+from engine.errors import (
+    CheckpointError,
+    EngineError,
+    EngineStopped,
+    Overloaded,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +56,17 @@ class AdapterStore:
         )
         self._lock = threading.Lock()  # of the fields below; never held while a file is read
         self._entries: dict[str, Entry] = {}
+        self._pins = AdapterPins(self.root)
+        self._pinning = threading.Lock()  # of what is pinned, here and in the table
+        self._unpinned: dict[str, tuple[str, float]] = {}  # why not, and when that was found
 
     # --- what there is
 
     def look(self) -> None:
         """See what was added, changed and removed; what is in use gives way to better versions.
 
-        Cheap for names that nobody has asked for. Raises OSError if the directory cannot be read.
+        What was pinned before a restart is read and pinned again, once there is a model. Cheap for
+        names that nobody has asked for. Raises OSError if the directory cannot be read.
         """
         found = list_names(self.root)
         with self._lock:
@@ -73,6 +85,7 @@ class AdapterStore:
                     self._refresh(entry)
                 finally:
                     entry.reading.release()
+        self._pin_again()
 
     def _refresh(self, entry: Entry) -> None:
         is_used = entry.current is not None
@@ -82,6 +95,52 @@ class AdapterStore:
                 self.reader.find_current(entry, waits=False)
             except (CheckpointError, Overloaded, RequestError, EngineStopped) as error:
                 logger.debug("adapter %s: %s", entry.name, str(error))
+
+    def _pin_again(self) -> None:
+        """Pin what should be and is not: after a restart, or when its files are mended."""
+        for reference in self._pins.wanted():
+            name, _, version = reference.partition("@")
+            if self._table.is_pinned(name, version) or self._has_just_failed(reference):
+                continue
+            try:
+                _, adapter = self._fetch(reference)
+            except EngineStopped:  # there is no model yet
+                return
+            except (CheckpointError, Overloaded, RequestError) as error:
+                if isinstance(error, RequestError) and self._is_gone(name, version):
+                    self._forget_pin(reference)
+                else:
+                    self._note_unpinned(reference, error)
+                continue
+            with self._pinning:
+                if self._pins.has(reference):  # nobody has unpinned it meanwhile
+                    self._table.set_pin(adapter.name, adapter.version, is_pinned=True)
+                    self._unpinned.pop(reference, None)
+                    logger.info("adapter %s is pinned again", reference)
+
+    def _has_just_failed(self, reference: str) -> bool:
+        return time.monotonic() - self._unpinned.get(reference, ("", -math.inf))[1] < RETRY_S
+
+    def _note_unpinned(self, reference: str, error: EngineError) -> None:
+        if reference not in self._unpinned or self._unpinned[reference][0] != str(error):
+            logger.warning("adapter %s cannot be pinned again: %s", reference, str(error))
+        # who has no room has read the files for nothing; the reader itself waits with bad ones
+        failed_s = time.monotonic() if isinstance(error, Overloaded) else -math.inf
+        self._unpinned[reference] = (str(error), failed_s)
+
+    def _is_gone(self, name: str, version: str) -> bool:
+        """Whether that version is not there, and not only out of reach."""
+        try:
+            is_there = read_change(self.root, name) is not None
+            folders = list_versions(self.root, name) if is_there else {}
+        except OSError:
+            return False
+        return version not in folders and PLAIN not in folders
+
+    def _forget_pin(self, reference: str) -> None:
+        logger.warning("adapter %s was pinned and is gone; its pin is forgotten", reference)
+        with suppress(OSError):  # the next look tries again
+            self._pins.discard(reference)
 
     def watch(self, poll_s: float) -> None:
         """Look again and again, in a thread that ends with the process or with the store."""
@@ -185,10 +244,13 @@ class AdapterStore:
     def unload(self, reference: str) -> AdapterInfo:
         """Let the memory go, also of a pinned one; the next request reads it again.
 
-        Requests in flight keep theirs. Raises RequestError if it is not known.
+        Requests in flight keep theirs. Raises RequestError if it is not known, OSError if it was
+        pinned and the disk is full.
         """
         info = self.find_info(reference)
-        self._table.discard(info.name, info.version or "")
+        with self._pinning:
+            self._pins.discard(f"{info.name}@{info.version or ''}")
+            self._table.discard(info.name, info.version or "")
         return self.find_info(reference)
 
     def load(self, reference: str) -> AdapterInfo:
@@ -197,18 +259,23 @@ class AdapterStore:
         return self.find_info(adapter.reference)
 
     def pin(self, reference: str) -> AdapterInfo:
-        """Read an adapter and keep it in memory, whatever else is asked for. Raises as `resolve`.
+        """Read an adapter and keep it in memory, whatever else is asked for, also after a restart.
 
-        Until it is unpinned, unloaded or removed, or the process ends.
+        Until it is unpinned, unloaded or removed. Raises as `resolve`, and OSError if the disk is
+        full.
         """
         _, adapter = self._fetch(reference)
-        self._table.set_pin(adapter.name, adapter.version, is_pinned=True)
+        with self._pinning:
+            self._pins.add(adapter.reference)
+            self._table.set_pin(adapter.name, adapter.version, is_pinned=True)
         return self.find_info(adapter.reference)
 
     def unpin(self, reference: str) -> AdapterInfo:
-        """Let an adapter go again when room is needed. Raises RequestError if it is not known."""
+        """Let an adapter go again when room is needed. Raises as `unload`."""
         info = self.find_info(reference)
-        self._table.set_pin(info.name, info.version or "", is_pinned=False)
+        with self._pinning:
+            self._pins.discard(f"{info.name}@{info.version or ''}")
+            self._table.set_pin(info.name, info.version or "", is_pinned=False)
         return self.find_info(reference)
 
     def make_current(self, name: str, version: str) -> AdapterInfo:

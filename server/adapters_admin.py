@@ -84,7 +84,7 @@ class AdapterAdmin:
         return await self._act(self._store.unload, name, body)
 
     async def pin(self, name: str, body: VersionBody | None = None) -> AdapterEntry:
-        """Read a version and keep it in memory until it is unpinned or the server ends."""
+        """Read a version and keep it in memory until it is unpinned, also after a restart."""
         return await self._act(self._store.pin, name, body)
 
     async def unpin(self, name: str, body: VersionBody | None = None) -> AdapterEntry:

@@ -257,7 +257,7 @@ def test_the_list_tells_states_page_by_page(client, tmp_path):
     assert error_of(client.get(ADMIN, params={"limit": 0}), 400)
 
 
-def test_load_pin_unpin_unload_roll_back_delete(client, tmp_path):
+def test_load_pin_unpin_unload_roll_back_delete(client, worker, tmp_path):
     for version in "12":
         put(tmp_path, "task", version, int(version))
 
@@ -269,6 +269,8 @@ def test_load_pin_unpin_unload_roll_back_delete(client, tmp_path):
 
     assert act("load") == ("2", "resident")
     assert act("pin", version="1") == ("1", "pinned")
+    again = open_adapters(worker, Settings(adapters=tmp_path, adapter_any_base=True))
+    assert again.store.resident() == ["task@1"]  # after a restart
     assert act("unpin", version="1") == ("1", "resident")
     assert act("unload", version="1") == ("1", "evicted")
     assert act("rollback", version="1") == ("1", "resident")
