@@ -1,10 +1,12 @@
 """What a request asks of the engine before it runs: whether it can be, how many rows and bytes."""
 
+import torch
+
 from engine.batch import MAX_PREFIX
 from engine.beam import require_no_blanks
 from engine.config import ModelConfig
 from engine.errors import RequestError
-from engine.footprint import Workload, cache_bytes
+from engine.footprint import Workload, cache_bytes, output_bytes
 from engine.model.transformer import Transformer
 from engine.request import MAX_LOGPROBS, BeamParams, Continuations, Pooling, Request
 from engine.scheduler import Demand
@@ -23,6 +25,7 @@ def make_demand(request: Request, model: Transformer, arrived: float = 0.0) -> D
         deadline=None if deadline_s is None else arrived + deadline_s,
         rows=num_rows(request),
         own_bytes=search_bytes(request, model),
+        held_bytes=held_bytes(request, model),
         is_row=request.task is None,
     )
 
@@ -53,6 +56,28 @@ def check_task(request: Request, config: ModelConfig) -> None:
         raise RequestError(f"top is {task.top}; allowed: 0 to {MAX_LOGPROBS}", "logprobs")
 
 
+def check_request(
+    request: Request, config: ModelConfig, dtype: torch.dtype, limit_bytes: int | None
+) -> None:
+    """Raise RequestError if a request could never be carried out.
+
+    `limit_bytes` is what caches may take, None for no limit; `dtype` that of the model.
+    """
+    check_task(request, config)
+    needed = beam_bytes(request, config, dtype)
+    if limit_bytes is not None and needed > limit_bytes:
+        raise RequestError(
+            f"a search of {num_rows(request)} beams takes {needed:,} bytes of caches for this text "
+            f"and max_tokens; there are {limit_bytes:,}: ask for less, or give more memory",
+            "num_beams",
+        )
+
+
+def cost_of(request: Request) -> int:
+    """Tokens that a request may take in all, as its `Demand` tells them."""
+    return request.source.num_positions + num_rows(request) * target_tokens(request)
+
+
 def num_rows(request: Request) -> int:
     """Rows of the batch that a request takes."""
     return request.task.num_beams if isinstance(request.task, BeamParams) else 1
@@ -67,14 +92,32 @@ def target_tokens(request: Request) -> int:
 
 
 def search_bytes(request: Request, model: Transformer) -> int:
-    """Bytes of caches that a search takes for itself; 0 for any other request.
+    """Bytes of caches that a search takes for itself; 0 for any other request."""
+    return beam_bytes(request, model.config, model.embedding.weight.dtype)
+
+
+def beam_bytes(request: Request, config: ModelConfig, dtype: torch.dtype) -> int:
+    """The same, for a model of that config and dtype.
 
     As many rows as it has beams: they share what they read of the text, but are copied in between.
+    One more of a decoder-only model, of which all are copies at first. And what was made of the
+    text, which stays until the end.
     """
     if not isinstance(request.task, BeamParams):
         return 0
+    source_tokens = max(request.source.num_positions, 1)
     target = MAX_PREFIX + target_tokens(request)
-    return row_bytes(model, num_rows(request), request.source.num_positions, target)
+    rows = num_rows(request) + int(config.is_decoder_only)
+    load = Workload(rows=rows, source_tokens=source_tokens, target_tokens=target)
+    return cache_bytes(config, dtype, load) + output_bytes(config, dtype, source_tokens)
+
+
+def held_bytes(request: Request, model: Transformer) -> int:
+    """Bytes of what was made of its text that a score, or a vector, holds until it is through."""
+    if request.task is None or isinstance(request.task, BeamParams):
+        return 0
+    dtype = model.embedding.weight.dtype
+    return output_bytes(model.config, dtype, request.source.num_positions)
 
 
 def row_bytes(model: Transformer, rows: int, source_tokens: int, target_tokens: int) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.batch import ROW_ERRORS, Batch, Row, make_row
-from engine.demands import check_task, make_demand, num_rows, search_bytes
-from engine.errors import EngineError, RequestError
+from engine.demands import check_request, held_bytes, make_demand, search_bytes
+from engine.errors import EngineError
 from engine.model.transformer import Transformer
 from engine.pressure import Pressure
 from engine.request import Event, Failed, Finished, Request
@@ -82,14 +82,8 @@ class Engine(Generic[J]):
 
     def check(self, request: Request) -> None:
         """Raise RequestError if a request could never be carried out. For any thread."""
-        check_task(request, self._model.config)
-        needed, limit = search_bytes(request, self._model), self.scheduler.limits.cache_bytes
-        if limit is not None and needed > limit:
-            raise RequestError(
-                f"a search of {num_rows(request)} beams takes {needed:,} bytes of caches for this "
-                f"text and max_tokens; there are {limit:,}: ask for less, or give more memory",
-                "num_beams",
-            )
+        dtype = self._model.embedding.weight.dtype
+        check_request(request, self._model.config, dtype, self.scheduler.limits.cache_bytes)
 
     def add(self, job: J) -> None:
         """Queue a request, which `check` has let pass."""
@@ -254,10 +248,10 @@ class Engine(Generic[J]):
         known = self._room.known
         unknown = [job for job in jobs if not known.knows(job.request)]
         ready = [job for job in jobs if known.knows(job.request)]
-        for job in unknown:
-            known.find(job.request)  # is counted: as missed
         unknown = self._go_on(unknown)
         if unknown:
+            for job in unknown:
+                known.find(job.request)  # is counted: as missed
             texts = list(dict.fromkeys(job.request.source for job in unknown))
             self._sweep = Sweep(unknown, texts, encode_layers(self._model, texts), self._moved())
             num_tokens = sum(text.num_positions for text in texts)
@@ -280,6 +274,7 @@ class Engine(Generic[J]):
         (job, part), *later = more
         self._retries += [job for job, _ in later]
         source = job.request.source
+        self._room.known.count_begun(part)
         layers = go_on_layers(self._model, source, part)
         self._sweep = Sweep([job], [source], layers, self._moved(), part.num_ids)
         self.work = self.work.with_sweep(1, len(source.ids) - part.num_ids)
@@ -364,7 +359,8 @@ class Engine(Generic[J]):
         encoded_SD = encoded_SD[: request.source.num_positions].clone()
         most = self.scheduler.max_sweep_tokens
         steps = start_task(self._model, self._tokenizer, request, encoded_SD, most)
-        return Course(request, steps, search_bytes(request, self._model))
+        own_bytes = search_bytes(request, self._model) or held_bytes(request, self._model)
+        return Course(request, steps, own_bytes)
 
     # --- what is told, and what went wrong
 

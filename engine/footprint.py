@@ -135,6 +135,14 @@ def cache_bytes(config: ModelConfig, dtype: torch.dtype, workload: Workload) -> 
     return workload.rows * (per_position * positions + mask + LENGTH_BYTES)
 
 
+def output_bytes(config: ModelConfig, dtype: torch.dtype, source_tokens: int) -> int:
+    """Bytes of what the encoder makes of a text; of a decoder-only model, its keys and values."""
+    width = config.d_model
+    if config.is_decoder_only:
+        width = 2 * config.num_decoder_layers * config.kv_heads * config.d_kv
+    return source_tokens * width * dtype.itemsize
+
+
 def workspace_bytes(
     config: ModelConfig, dtype: torch.dtype, workload: Workload, *, quantized_on_gpu: bool | None
 ) -> int:

@@ -7,19 +7,23 @@ from torch import Tensor
 from engine.batch import MAX_PREFIX, Batch
 from engine.demands import row_bytes
 from engine.encoder_cache import EncoderCache
+from engine.footprint import output_bytes
 from engine.model.transformer import Transformer
 from engine.request import Request
 from engine.scheduler import Demand, Limits
 from engine.tasks import Courses
+
+TEXTS_SHARE = 1 / 8  # of the limit: one pass is made at a time, and more texts only wait for it
 
 
 class Room:
     """Batch, tasks and kept outputs, together within the bytes of the limits; None: no limit.
 
     Kept outputs have a part of their own, and make room for a request that needs more than the
-    rest. Rows have what searches leave. What they have been given they may fill at any time, so it
-    changes only while there is no row: where searches have ended and rows have too little, or too
-    much for a search that is next, nobody is let in until the rows have gone.
+    rest. So have texts that scores and vectors hold, from the first such request on. Rows have what
+    searches leave. What they have been given they may fill at any time, so it changes only while
+    there is no row: where searches have ended and rows have too little, or too much for a search
+    that is next, nobody is let in until the rows have gone.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class Room:
         if self._limit is not None:
             self._kept_bytes = min(self._kept_bytes, self._limit // 2)
         self._rows_bytes = None if self._limit is None else self._limit - self._kept_bytes
+        self._max_rows = limits.max_rows
+        self._texts_bytes = 0  # set aside for texts of tasks, which come and go beside rows
         self._is_emptying = False
         self.batch = Batch(model, self._rows_bytes, on_error)
         self.courses = Courses(on_error)
@@ -43,6 +49,8 @@ class Room:
         rows = [demand for demand in together if demand.is_row]
         if self._limit is None:
             return not rows or self._has_rows(rows)
+        if any(demand.held_bytes for demand in demands):
+            self._texts_bytes = self._most_texts_bytes(self._limit)
         if len(together) == 1 and not len(self.batch) and not len(self.courses):
             self._resize_for(demands[0])
             return True
@@ -85,10 +93,18 @@ class Room:
         return self.batch.has_room(sources, targets)
 
     def _free(self, demands: Sequence[Demand]) -> int:
-        """Bytes for rows, if what searches `demands` bring comes in."""
+        """Bytes for rows, if what tasks `demands` bring comes in."""
         assert self._limit is not None
-        searches = self.courses.nbytes + sum(demand.own_bytes for demand in demands)
-        return self._limit - self._kept_bytes - searches
+        texts = self.courses.held_bytes
+        searches = self.courses.nbytes - texts + sum(demand.own_bytes for demand in demands)
+        texts += sum(demand.held_bytes for demand in demands)
+        return self._limit - self._kept_bytes - searches - max(texts, self._texts_bytes)
+
+    def _most_texts_bytes(self, limit: int) -> int:
+        """What is set aside for texts: as many of the longest as there are rows, within a share."""
+        config, dtype = self._model.config, self._model.embedding.weight.dtype
+        longest = output_bytes(config, dtype, config.max_prompt_tokens)
+        return min(self._max_rows * longest, int(limit * TEXTS_SHARE))
 
     def _resize_for(self, demand: Demand) -> None:
         """Make room for one request alone, which may take all there is."""
@@ -97,9 +113,9 @@ class Room:
         if demand.is_row:
             target = MAX_PREFIX + demand.max_tokens
             needed = row_bytes(self._model, 1, demand.source_tokens, target)
-        free = self._free((demand,))
-        self._resize(min(max(free, needed), self._limit - demand.own_bytes))
-        self._fit_known(demand.own_bytes)
+        free, own_bytes = self._free((demand,)), demand.own_bytes + demand.held_bytes
+        self._resize(min(max(free, needed), self._limit - own_bytes))
+        self._fit_known(own_bytes)
 
     def _resize(self, rows_bytes: int) -> None:
         """Give rows so much, while there are none."""

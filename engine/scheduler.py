@@ -37,7 +37,7 @@ class Demand:
     `key` is on whose account it runs: keys share the engine evenly by tokens, and within a key its
     adapters do. Higher `priority` goes first, whatever the shares. `deadline` is a time as
     `arrived` is. It takes `rows` of the batch; a search, which takes `own_bytes` of caches for
-    itself, and tasks without caches are no rows of it.
+    itself, and tasks without caches are no rows of it; the latter hold `held_bytes` of their text.
     """
 
     source_tokens: int
@@ -49,6 +49,7 @@ class Demand:
     deadline: float | None = None
     rows: int = 1
     own_bytes: int = 0
+    held_bytes: int = 0
     is_row: bool = True
 
     @property

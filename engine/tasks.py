@@ -111,8 +111,13 @@ class Courses:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of caches of their own."""
+        """Bytes of caches of their own, and of texts that they hold."""
         return sum(course.own_bytes for course in self._courses)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of texts, held by those that search nothing."""
+        return sum(course.own_bytes for course in self._courses if not course.is_search)
 
     def join(self, course: Course) -> None:
         """Take in a task, which goes on with the next step."""
