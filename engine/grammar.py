@@ -179,13 +179,29 @@ def _parts(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
+def rebuild_grammar(kind: Kind, spec: str, tokenizer: Tokenizer) -> Grammar:
+    """Compile what `compile_grammar` let pass in another process, without another trial of it.
+
+    Raises ValueError if it is wrong after all.
+    """
+    return _build(kind, spec, grammar_vocabulary(tokenizer))  # type: ignore[arg-type]  # as above
+
+
 @functools.lru_cache(maxsize=64)
 def _compile(
     kind: Kind, text: str, vocabulary: GrammarVocabulary, limits: GrammarLimits
 ) -> Grammar:
-    grammar = LLMatcher.grammar_from_lark(HEADER + _to_lark(kind, text))
-    _try_in_child(grammar, limits)
-    matcher = compile_matcher(vocabulary.llguidance, grammar)
+    _try_in_child(_from_lark(kind, text), limits)
+    return _build(kind, text, vocabulary)
+
+
+def _from_lark(kind: Kind, text: str) -> str:
+    return LLMatcher.grammar_from_lark(HEADER + _to_lark(kind, text))
+
+
+@functools.lru_cache(maxsize=64)
+def _build(kind: Kind, text: str, vocabulary: GrammarVocabulary) -> Grammar:
+    matcher = compile_matcher(vocabulary.llguidance, _from_lark(kind, text))
     if not matcher.is_error():
         matcher.compute_bitmask()  # its rows will begin with what this has found out
     if complaint := _complaint(matcher):

@@ -22,12 +22,11 @@ from engine.memory import (
     gpu_memory,
     host_budget,
     host_memory,
+    own_pages_bytes,
     return_free_heap,
     return_large_blocks,
 )
 from engine.model.dtypes import DTYPES
-from engine.model.layers import Linear
-from engine.model.packed import can_pack, pack_linears
 from engine.model.transformer import Transformer, set_invariant
 from engine.model_paths import find_gguf, find_model
 from engine.planning import (
@@ -41,6 +40,7 @@ from engine.planning import (
     choose_rows,
     plan_memory,
 )
+from engine.prepare import load_kernels, prepare
 from engine.progress import LoadProgress
 from engine.quantize import check_sizes
 from offload.cuda import missing_for_cuda
@@ -158,10 +158,12 @@ def plan_loading(
     gpu_memory_bytes: int | None,
     workload: Workload,
     max_rows: int = 1,
+    beside_bytes: int = 0,
 ) -> MemoryPlan:
     """Plan for this machine and this process as they are now. Budgets in bytes.
 
     With `max_rows` above those of the workload, for as many as `choose_rows` allows.
+    `beside_bytes` of the budget are taken by other processes.
     Raises ConfigError if a budget is too small for the model or too large for the machine.
     """
     budget = None
@@ -177,7 +179,7 @@ def plan_loading(
             budgets.host_bytes,
             host.usable_bytes,
         )
-    process = process_bytes(host, on_gpu=budget is not None)
+    process = process_bytes(host, on_gpu=budget is not None) + beside_bytes
     return _plan_rows(storage, workload, budgets, process, max_rows)
 
 
@@ -207,7 +209,9 @@ def plan_elsewhere(
         host_bytes=host_budget(None, host) if memory is None else memory,
         gpu_bytes=gpu_memory_bytes,
     )
-    process = process_bytes(host, on_gpu=gpu_memory_bytes is not None) + SERVER_BYTES
+    # as `infmoe serve` does: within a budget it takes one process
+    server = gateway_bytes() if memory is None else SERVER_BYTES
+    process = process_bytes(host, on_gpu=gpu_memory_bytes is not None) + server
     return _plan_rows(storage, workload, budgets, process, max_rows)
 
 
@@ -216,6 +220,14 @@ def process_bytes(host: HostMemory, *, on_gpu: bool) -> int:
     is_cuda_open = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
     cuda = CUDA_HOST_BYTES if on_gpu and not is_cuda_open else 0
     return round_up(host.own_bytes, OWN_STEP_BYTES) + RUNTIME_BYTES + cuda
+
+
+def gateway_bytes() -> int:
+    """What this process takes as the gateway of an engine that has a process of its own.
+
+    The pages of libraries are counted by the engine, which maps the same.
+    """
+    return round_up(own_pages_bytes(), OWN_STEP_BYTES) + SERVER_BYTES
 
 
 def load_within(  # noqa: PLR0913  what may be said of a load, each with a default
@@ -230,19 +242,22 @@ def load_within(  # noqa: PLR0913  what may be said of a load, each with a defau
     *,
     max_rows: int = 1,
     invariant: bool = False,
+    beside_bytes: int = 0,
 ) -> Loaded:
     """Plan for budgets in bytes, tell the plan, and load the model by it.
 
     memory None: a share of what is to be had; gpu_memory_bytes None: no GPU; workload None: the
     longest requests that are accepted. As many rows are planned for as `choose_rows` allows, up to
-    `max_rows`. `invariant`: see `set_invariant`. The model is for serving: its weights may be
-    packed, which can be neither read nor saved.
+    `max_rows`. `beside_bytes`: see `plan_loading`; `invariant`: see `set_invariant`. The model is
+    for serving: its weights may be packed, which can be neither read nor saved.
     Raises ConfigError if a budget is too small or too large, or there is no GPU; nothing has been
     loaded then. Raises CheckpointError if the model is damaged.
     """
     storage = read_storage(path, dtype)
     load = workload or largest_workload(storage.config)
-    plan = plan_loading(storage, memory, gpu_memory_bytes, load, max_rows)
+    if gpu_memory_bytes is None:
+        load_kernels()  # before memory is planned
+    plan = plan_loading(storage, memory, gpu_memory_bytes, load, max_rows, beside_bytes)
     on_plan(plan)
     on_phase("reading weights")
     loaded = load_planned(path, plan, on_phase, progress)
@@ -274,17 +289,13 @@ def load_planned(
     on_phase: Callable[[str], None],
     progress: LoadProgress | None = None,
 ) -> Loaded:
-    """Load a model as a plan says, to be served: on a CPU its products are packed, where it pays.
-
-    Experts are not: offloaded ones could not be, and would differ from resident ones.
-    """
+    """Load a model as a plan says, to be served: see `prepare`."""
     return_large_blocks()
     progress = progress or LoadProgress()
     progress.begin(bytes_to_read(path, plan))
     loaded = _load_planned(path, plan, on_phase, progress)
-    if plan.budgets.gpu_bytes is None and can_pack(plan.storage.dtype):
-        pack_linears(loaded.model, Linear)
-        return_free_heap()
+    prepare(loaded.model)
+    return_free_heap()
     progress.finish()
     return loaded
 

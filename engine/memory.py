@@ -120,6 +120,15 @@ def resident_bytes(root: Path = Path("/")) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+def own_pages_bytes(root: Path = Path("/")) -> int:
+    """The part of it that no other process shares, as it does the code of libraries.
+
+    Raises OSError if /proc cannot be read.
+    """
+    pages, shared = (root / "proc/self/statm").read_text().split()[1:3]
+    return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
 def gpu_memory() -> GpuMemory:
     """Memory of torch's current GPU, of which there must be one; its context is made if need be."""
     free, total = torch.cuda.mem_get_info()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 
 from engine.request import Event, Failed, Finished, Request
@@ -14,25 +14,38 @@ class Ticket:
     """What `Worker.submit` returns: an async iterator of events; closing it cancels the request.
 
     Who wants no task of its own for each request has it `listen` instead. `num_tokens` is what it
-    may take in all, for the bounds of the queue.
+    may take in all, for the bounds of the queue. What the step under way makes after it was closed
+    nobody reads, but `count_late` has it told. One without a loop tells nothing itself: who takes
+    its events from the worker knows it by its `number`.
     """
 
     def __init__(
-        self, request: Request, loop: asyncio.AbstractEventLoop, num_tokens: int = 0
+        self,
+        request: Request,
+        loop: asyncio.AbstractEventLoop | None,
+        num_tokens: int = 0,
+        number: int = 0,
     ) -> None:
         self.request = request
         self.num_tokens = num_tokens
+        self.number = number
         self.submitted = perf_counter()
         self._is_cancelled = False  # read by other threads, and only ever set
         self._loop = loop
         self._events: deque[Event] = deque()
         self._sink: Callable[[Event], None] | None = None
+        self._late: Callable[[Event], object] | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._done = False
 
     def is_cancelled(self) -> bool:
         """Whether nobody listens any more."""
         return self._is_cancelled
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, or has told its end: what comes now is counted at most."""
+        return self._done
 
     def cancel(self) -> None:
         """Note that nobody listens any more; from any thread."""
@@ -43,13 +56,15 @@ class Ticket:
         put_all([(self, event)])
 
     @property
-    def loop(self) -> asyncio.AbstractEventLoop:
+    def loop(self) -> asyncio.AbstractEventLoop | None:
         """Where its events are read."""
         return self._loop
 
     def take(self, event: Event) -> None:
         """Take an event, on the loop; after the end nothing more is told."""
         if self._done:
+            if self._late is not None:
+                self._late(event)
             return
         if self._sink is not None:
             self._done = isinstance(event, ENDS)
@@ -64,6 +79,10 @@ class Ticket:
         while self._events:
             self.take(self._events.popleft())
 
+    def count_late(self, count: Callable[[Event], object]) -> None:
+        """Have what comes once it is closed told to a function, on the loop."""
+        self._late = count
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -73,6 +92,7 @@ class Ticket:
 
     async def __anext__(self) -> Event:
         while not self._done and not self._events:
+            assert self._loop is not None  # else nobody reads here
             self._waiter = self._loop.create_future()
             await self._waiter
         if self._done:
@@ -83,11 +103,18 @@ class Ticket:
 
     async def aclose(self) -> None:
         """Stop listening; the engine drops the request at its next step."""
+        self.close()
+
+    def close(self) -> None:
+        """As `aclose`."""
         self._done = True
         self._sink = None
         self._events.clear()
         self.cancel()
         self._wake()  # who waits for an event: none will come
+
+
+Told = Sequence[tuple[Ticket, Event]]
 
 
 def put_all(told: Iterable[tuple[Ticket, Event]]) -> None:
@@ -97,6 +124,7 @@ def put_all(told: Iterable[tuple[Ticket, Event]]) -> None:
     """
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Event]]] = defaultdict(list)
     for ticket, event in told:
+        assert ticket.loop is not None
         by_loop[ticket.loop].append((ticket, event))
     for loop, pairs in by_loop.items():
         try:

@@ -28,7 +28,7 @@ from engine.queue_limits import QueueLimits, Waiting
 from engine.request import Event, Failed, Finished, Request
 from engine.scheduler import Limits
 from engine.stats import CacheStats, EngineStats, WorkStats
-from engine.ticket import Ticket, put_all
+from engine.ticket import Ticket, Told, put_all
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Worker:
 
     `load` is called in the engine thread, so that `start` returns at once; it is given a function
     that reports the phase. States: starting, loading, ready, draining, stopped; failed when loading
-    or the thread itself broke.
+    or the thread itself broke. `deliver` takes the events of each turn, in the engine thread.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Worker:
         limits: Limits = DEFAULT_LIMITS,
         max_queue_tokens: int | None = None,
         stall_s: float | None = None,
+        deliver: Callable[[Told], None] = put_all,
     ) -> None:
         self.model_name = model_name
         self.state: State = "starting"
@@ -96,6 +97,7 @@ class Worker:
         self._limits = limits
         self._queue_limits = QueueLimits(max_requests=max_queue, max_tokens=max_queue_tokens)
         self._stall_s = stall_s
+        self._deliver = deliver
         self._is_in_turn = False
         self._ended = threading.Event()
         self._loaded: LoadedModel | None = None
@@ -167,13 +169,16 @@ class Worker:
         Raises EngineStopped unless the worker is ready, Overloaded if the queue is full,
         RequestError if the request could never be carried out.
         """
+        return self.accept(Ticket(request, asyncio.get_running_loop()))
+
+    def accept(self, ticket: Ticket) -> Ticket:
+        """As `submit`, by a ticket that is there already."""
+        request = ticket.request
         with self._changed:
-            engine = self._require_engine()
-            engine.check(request)
-            num_tokens = make_demand(request, self._model().model).cost
-            ticket = Ticket(request, asyncio.get_running_loop(), num_tokens)
+            self._require_engine().check(request)
+            ticket.num_tokens = make_demand(request, self._model().model).cost
             self._forget_closed()
-            self._require_place([Waiting(request.key, num_tokens)])
+            self._require_place([Waiting(request.key, ticket.num_tokens)])
             self._arrived.append(ticket)
             self._open.add(ticket)
             self._changed.notify_all()
@@ -195,7 +200,7 @@ class Worker:
         return self._engine
 
     def _require_place(self, wanted: list[Waiting]) -> None:
-        tickets = self._waiting()
+        tickets = self.waiting()
         waiting = [Waiting(ticket.request.key, ticket.num_tokens) for ticket in tickets]
         if (text := self._queue_limits.find_refusal(waiting, wanted)) is not None:
             # the first place that is free goes to the first to come: let half of them go
@@ -206,7 +211,7 @@ class Worker:
         with self._changed:
             self._forget_closed()
             offloaded = self._loaded.experts if self._loaded else None
-            engine, waiting = self._engine, self._waiting()
+            engine, waiting = self._engine, self.waiting()
             return EngineStats(
                 queued=len(waiting),
                 queued_tokens=sum(ticket.num_tokens for ticket in waiting),
@@ -224,9 +229,10 @@ class Worker:
         self._open -= closed
         self._counts["cancelled"] += len(closed)
 
-    def _waiting(self) -> list[Ticket]:
+    def waiting(self) -> list[Ticket]:
         """Requests that have not been begun and that somebody waits for."""
-        tickets = list(self._arrived)
+        with self._changed:
+            tickets = list(self._arrived)
         if self._engine is not None:
             tickets += [ticket for _, ticket in self._engine.scheduler.waiting()]
         return [ticket for ticket in tickets if not ticket.is_cancelled()]
@@ -250,7 +256,7 @@ class Worker:
         with self._changed:
             left = self._take_unfinished()
         text = "the server stopped before the request was finished"
-        _fail(left, Failed(text, is_shutdown=True))
+        self._fail(left, Failed(text, is_shutdown=True))
         return False
 
     def _run(self) -> None:
@@ -278,7 +284,7 @@ class Worker:
                 self.failure = failure
             if failure or self.state != "failed":
                 self.state = self.phase = "failed" if failure else "stopped"
-        _fail(left, Failed("the engine ended before the request was finished"))
+        self._fail(left, Failed("the engine ended before the request was finished"))
         self._ended.set()
 
     def _watch(self, stall_s: float) -> None:
@@ -298,7 +304,7 @@ class Worker:
         frame = sys._current_frames().get(self._thread.ident or 0)
         where = "".join(traceback.format_stack(frame)) if frame else ""
         logger.error("the engine is stuck: %s\n%s", text, where)
-        _fail(left, Failed(f"the engine is stuck: {text}"))
+        self._fail(left, Failed(f"the engine is stuck: {text}"))
 
     def _take_unfinished(self) -> list[Ticket]:
         self._forget_closed()
@@ -344,7 +350,7 @@ class Worker:
             self._is_in_turn = True
             told = engine.turn()
             self._is_in_turn = False
-            put_all([pair for pair in told if self._note(*pair)])
+            self._deliver([pair for pair in told if self._note(*pair)])
 
     def _take_in(self, engine: "Engine[Ticket]") -> bool:
         """Hand over what has arrived; wait if there is nothing to do. False: it is over."""
@@ -366,11 +372,11 @@ class Worker:
             with self._changed:
                 is_open = ticket in self._open  # else `drain` has ended it
                 if ticket.is_cancelled() or not is_open:
-                    return False
+                    return ticket.is_closed  # for who counts what nobody reads
                 self._open.discard(ticket)
                 self._pace.note_end()
                 self._count(event)
-        return not ticket.is_cancelled()
+        return ticket.is_closed or not ticket.is_cancelled()
 
     def _count(self, event: Finished | Failed) -> None:
         if isinstance(event, Failed):
@@ -380,9 +386,8 @@ class Worker:
             self._counts["prompt_tokens"] += event.prompt_tokens
             self._counts["completion_tokens"] += event.completion_tokens
 
-
-def _fail(tickets: list[Ticket], failure: Failed) -> None:
-    """End tickets that are taken out; the engine may still hold them, and has to let them go."""
-    for ticket in tickets:
-        ticket.cancel()
-        ticket.put(failure)
+    def _fail(self, tickets: list[Ticket], failure: Failed) -> None:
+        """End tickets that are taken out; the engine may still hold them and must let them go."""
+        for ticket in tickets:
+            ticket.cancel()
+        self._deliver([(ticket, failure) for ticket in tickets])

@@ -1,7 +1,9 @@
 """Callers: who sends a request, what that one may do, and the bill at its end."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from server.errors import CLIENT_GONE, ApiError
 from server.keys import KeyStore
@@ -17,12 +19,22 @@ ANONYMOUS = KeyRecord(name="anonymous", sha256=NO_KEY, scopes=("infer", "metrics
 
 @dataclass(slots=True)
 class Bill:
-    """What one HTTP request reserved and used; `generated` grows as tokens come."""
+    """What one HTTP request reserved and used; `generated` grows as tokens come.
+
+    Those that come when it is settled already are told to `charge_late`.
+    """
 
     adapter: str | None = None
     reserved: int = 0
     prompt_tokens: int = 0
     generated: int = 0
+    charge_late: Callable[[int], None] | None = None
+
+    def add(self, num_tokens: int) -> None:
+        """Count tokens that were generated."""
+        self.generated += num_tokens
+        if self.charge_late is not None and num_tokens:
+            self.charge_late(num_tokens)
 
 
 class Caller:
@@ -94,6 +106,12 @@ class Caller:
                 self._limits.tokens.add(bill.reserved - used)
             if not is_free:
                 self._usage.add(self.name, bill.adapter, bill.prompt_tokens, bill.generated)
+                bill.charge_late = partial(self._charge_late, bill.adapter)
+
+    def _charge_late(self, adapter: str | None, num_tokens: int) -> None:
+        if self._limits.tokens is not None:
+            self._limits.tokens.add(-num_tokens)
+        self._usage.add_late(self.name, adapter, num_tokens)
 
     def headers(self) -> dict[str, str]:
         """The x-ratelimit headers."""

@@ -2,7 +2,6 @@
 
 import logging
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from engine.errors import ConfigError
+from engine.garbage import spare_modules
 from engine.model_paths import find_gguf, find_model, model_title
+from engine.options import EngineOptions
+from engine.remote_process import EngineProcess, spawn_engine
 from server.keys import read_keys
 from server.lifecycle import leave_on_signals, open_socket, run_to_exit
 from server.log_format import configure_logging, say
@@ -24,69 +26,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def options_of(model: Path, settings: Settings) -> EngineOptions:
+    """What the settings say of the engine."""
+    return EngineOptions(
+        model=model,
+        name=settings.model_name or model_title(model),
+        dtype=settings.dtype,
+        memory=settings.memory,
+        gpu_memory=settings.gpu_memory,
+        adapter_memory=settings.adapter_memory if settings.adapters else 0,
+        max_rows=settings.max_rows,
+        max_model_len=settings.max_model_len,
+        max_queue=settings.max_queue,
+        max_queue_tokens=settings.max_queue_tokens,
+        encoder_cache=settings.encoder_cache,
+        invariant=settings.invariant,
+        record_routing=settings.record_routing,
+        stall_s=settings.stall_s,
+        threads=settings.threads,
+    )
+
+
 def open_engine(model: Path, settings: Settings) -> "Engine":
     """Start the engine of a model directory; it loads in a thread of its own."""
     # Not at the top: torch takes seconds; neither --help nor a taken port should wait for it.
-    from torch import set_num_threads
+    from engine.opening import start_worker
 
-    from engine.footprint import largest_workload
-    from engine.grammar_vocabulary import grammar_vocabulary
-    from engine.loading import load_within, read_storage
-    from engine.model.dtypes import parse_dtype
-    from engine.planning import MemoryPlan
-    from engine.routing import record_routing
-    from engine.scheduler import Limits
-    from engine.tokenizer import open_tokenizer
-    from engine.worker import LoadedModel, Worker
+    return start_worker(options_of(model, settings))
 
-    def log_plan(plan: MemoryPlan) -> None:
-        for line in plan.summary():
-            logger.info(line)
 
-    def load(report_phase: Callable[[str], None]) -> LoadedModel:
-        report_phase("reading weights")
-        # before the weights: these are memory of the process, which the plan counts; and the first
-        # request with a grammar should not wait for what takes up to a second
-        config = replace(read_storage(model).config, max_model_len=settings.max_model_len or 0)
-        tokenizer = open_tokenizer(model, config.tokenizer)
-        grammar_vocabulary(tokenizer)  # type: ignore[arg-type]  # as all objects it has a hash
-        adapter_bytes = settings.adapter_memory if settings.adapters else 0
-        loaded = load_within(
-            model,
-            parse_dtype(settings.dtype),
-            settings.memory,
-            settings.gpu_memory,
-            report_phase,
-            log_plan,
-            replace(largest_workload(config), adapter_bytes=adapter_bytes),
-            progress=worker.progress,
-            max_rows=settings.max_rows,
-            invariant=settings.invariant,
-        )
-        loaded.model.config = replace(loaded.model.config, max_model_len=config.max_model_len)
-        close = loaded.close
-        if settings.record_routing is not None:
-            recorder, path = record_routing(loaded.model), settings.record_routing
+def open_remote_engine(child: EngineProcess, model: Path, settings: Settings) -> "Engine":
+    """Have the process that was started for it load a model directory."""
+    from engine.loading import gateway_bytes  # not at the top: as above
+    from engine.remote import RemoteEngine
 
-            def close() -> None:
-                loaded.close()
-                recorder.save(path)
-                logger.info("the routing is in %s", path)
-
-        return LoadedModel(loaded.model, tokenizer, loaded.experts, loaded.plan, close)
-
-    worker = Worker(
-        settings.model_name or model_title(model),
-        load,
-        max_queue=settings.max_queue,
-        max_queue_tokens=settings.max_queue_tokens,
-        stall_s=settings.stall_s,
-        limits=Limits(max_rows=settings.max_rows, encoder_cache_bytes=settings.encoder_cache),
-    )
-    if settings.threads is not None:
-        set_num_threads(settings.threads)  # before there is a thread that computes
-    worker.start()
-    return worker
+    options = options_of(model, settings)
+    beside_bytes = gateway_bytes() + options.adapter_memory
+    engine = RemoteEngine(child, replace(options, beside_bytes=beside_bytes))
+    engine.start()
+    return engine
 
 
 def make_tracing(settings: Settings, model_name: str) -> "Tracing | None":
@@ -217,9 +195,15 @@ def start(settings: Settings) -> None:
     with open_socket(settings.host, settings.port) as listener:
         say(logging.INFO, greeting(listener))
         leave_on_signals()
+        # before what takes seconds to import: it does the same at the same time
+        child = spawn_engine() if settings.has_engine_process else None
         from server.app import create_app  # not at the top: see open_engine
 
-        engine = open_engine(settings.model, settings)
+        if child is None:
+            engine = open_engine(settings.model, settings)
+        else:
+            engine = open_remote_engine(child, settings.model, settings)
         app = create_app(engine, settings, tracing)
+        spare_modules()
         close = tracing.close if tracing is not None else lambda: None
         run_to_exit(app, engine, listener, settings.drain_s, settings.drain_delay_s, close)

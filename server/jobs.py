@@ -128,9 +128,7 @@ class Job:
 
     def _see(self, index: int, event: Event) -> None:
         """Count an event."""
-        self._meter.see(index, event)
-        if isinstance(event, Piece):
-            self._bill.generated += len(event.token_ids)
+        self._bill.add(self._meter.see(index, event))
 
     def _close(self) -> Ending:
         """Settle the accounts when all events have come. Raises ApiError if an end is missing."""

@@ -58,6 +58,9 @@ class Metrics:
         for collector in (LoadCollector, WorkCollector, ExpertCollector, PlanCollector):
             self.registry.register(collector(engine))
         ProcessCollector(namespace="infmoe", registry=self.registry)
+        if (process_id := getattr(engine, "process_id", None)) is not None:
+            own = "infmoe_engine"
+            ProcessCollector(own, pid=lambda: process_id, registry=self.registry)
         self._tell_build(engine)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -131,17 +134,33 @@ class Meter:
         """Time from the start to the first token of any choice."""
         return None if self._first_s is None else round(self._first_s * 1000, 1)
 
-    def see(self, index: int, event: Event) -> None:
-        """Count one event of choice `index`."""
-        if isinstance(event, Piece):
-            if event.token_ids:  # else it is text that was held back
-                self._see_piece(index, len(event.token_ids))
+    def see(self, index: int, event: Event) -> int:
+        """Count one event of choice `index`; returns how many tokens it told of.
+
+        Of what comes after the end of the HTTP request only tokens are counted.
+        """
+        num_tokens = self._new_tokens(index, event)
+        if self._is_closed:
+            self._count_tokens(index, num_tokens)
+            self._tell_adapter(self._clock())
+        elif isinstance(event, Piece):
+            if num_tokens:  # else it is text that was held back
+                self._see_piece(index, num_tokens)
         elif isinstance(event, Finished):
             self.ends[index] = event
-            self._see_end(index, event)
+            self._see_end(index, event, num_tokens)
         elif isinstance(event, Failed):
             self.ends[index] = event
             self._metrics.ends.labels(end_reason(event)).inc()
+        return num_tokens
+
+    def _new_tokens(self, index: int, event: Event) -> int:
+        """Tokens that an event tells of; an end of marks and answers, of which no piece told."""
+        if isinstance(event, Piece):
+            return len(event.token_ids)
+        if isinstance(event, Finished):
+            return max(0, event.completion_tokens - self._num_tokens.get(index, 0))
+        return 0
 
     def close(self) -> None:
         """The HTTP request is over: what has not ended has been cancelled. Again: nothing."""
@@ -169,7 +188,7 @@ class Meter:
             "finish": ",".join(sorted(reasons)),
         }
 
-    def _see_end(self, index: int, end: Finished) -> None:
+    def _see_end(self, index: int, end: Finished, num_tokens: int) -> None:
         metrics = self._metrics
         metrics.ends.labels(end_reason(end)).inc()
         metrics.queued.observe(end.queued_s)
@@ -178,8 +197,7 @@ class Meter:
         metrics.tokens_in.inc(end.prompt_tokens)
         metrics.sizes_in.observe(end.prompt_tokens)
         metrics.sizes_out.observe(end.completion_tokens)
-        # Pieces do not tell of tokens that ended the text or scored one.
-        self._count_tokens(max(0, end.completion_tokens - self._num_tokens.get(index, 0)))
+        self._count_tokens(index, num_tokens)
         metrics.adapters.count_prompt(self._adapter, end.prompt_tokens)
         self._tell_adapter(self._clock())
 
@@ -187,8 +205,7 @@ class Meter:
         now_s = self._clock()
         last_s = self._last_s.get(index)
         self._last_s[index] = now_s
-        self._num_tokens[index] = self._num_tokens.get(index, 0) + num_tokens
-        self._count_tokens(num_tokens)
+        self._count_tokens(index, num_tokens)
         if last_s is None:
             self._metrics.first_token.observe(now_s - self._start_s)
             if self._first_s is None:
@@ -198,7 +215,8 @@ class Meter:
         if now_s - self._told_s >= TELL_S:
             self._tell_adapter(now_s)
 
-    def _count_tokens(self, num_tokens: int) -> None:
+    def _count_tokens(self, index: int, num_tokens: int) -> None:
+        self._num_tokens[index] = self._num_tokens.get(index, 0) + num_tokens
         self._metrics.tokens.num_tokens += num_tokens
         self._num_untold += num_tokens
 

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from starlette.types import ASGIApp, Message
 
+from engine.garbage import spare_modules
 from engine.model_paths import model_title
 from server.cli import make_tracing, open_engine
 from server.log_format import configure_logging
@@ -39,6 +40,7 @@ class Replica:
             await asyncio.sleep(POLL_S)
         require_health(self._engine)
         self._app = create_app(self._engine, settings, self._tracing)
+        spare_modules()
         self._name = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:

@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -106,6 +106,7 @@ class Settings(BaseModel):
     strict_fields: bool = False
     encoder_cache: ByteSize = 0
     invariant: bool = False
+    engine_process: bool | None = None
 
     body_timeout_s: Seconds = 30.0
     request_timeout_s: Seconds = 600.0
@@ -124,7 +125,8 @@ class Settings(BaseModel):
     def _refuse_switches_as_numbers(cls, values: dict[str, object]) -> dict[str, object]:
         for name, value in values.items():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+            if isinstance(value, bool) and kinds and bool not in kinds:
                 raise ValueError(f"setting {name}: true and false are no values for it")
         return values
 
@@ -141,6 +143,15 @@ class Settings(BaseModel):
     def choices_limit(self) -> int:
         """Choices that one request may ask for: never more than the queue holds."""
         return min(self.max_choices, self.max_queue)
+
+    @property
+    def has_engine_process(self) -> bool:
+        """Whether the engine gets a process of its own.
+
+        That keeps the gateway's work out of its way, and takes some 250 MiB: by itself not where
+        there is a budget of memory.
+        """
+        return self.memory is None if self.engine_process is None else self.engine_process
 
     @property
     def bodies_limit(self) -> int:

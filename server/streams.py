@@ -33,7 +33,8 @@ class Merge:
     """Several event streams as one, in batches of (index, event): all that have come meanwhile.
 
     Use as an async context: leaving it, for whatever reason, closes all streams. What waits has no
-    bound of its own; it is at most the tokens that the requests may generate.
+    bound of its own; it is at most the tokens that the requests may generate. What streams that
+    `count_late` still make then is counted, too.
     """
 
     def __init__(self, streams: Sequence[EventStream]) -> None:
@@ -44,10 +45,13 @@ class Merge:
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._count: Callable[[int, Event], None] | None = None
+        self._count: Callable[[int, Event], object] | None = None
 
-    def count_by(self, count: Callable[[int, Event], None]) -> None:
-        """Have each event counted, also those that nobody gets to read as the client is gone."""
+    def count_by(self, count: Callable[[int, Event], object]) -> None:
+        """Have each event counted, also those that nobody gets to read as the client is gone.
+
+        Some of these come later, when the reply is over: of the step under way when it went.
+        """
         self._count = count
 
     async def __aenter__(self) -> Self:
@@ -70,7 +74,10 @@ class Merge:
             self._timer.cancel()
         if self._pumps:
             await cancel_all(self._pumps)
-        for stream in self._streams:
+        for index, stream in enumerate(self._streams):
+            count_late = getattr(stream, "count_late", None)
+            if self._count is not None and count_late is not None:
+                count_late(partial(self._count, index))
             await stream.aclose()
         self._hand_out()
 

@@ -31,13 +31,20 @@ class Usage:
         self, key: str, adapter: str | None, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """Count one request."""
-        pair = (key, adapter)
-        if pair not in self.rows and len(self.rows) >= MAX_ROWS:
-            pair = (OTHER, OTHER)
-        row = self.rows.setdefault(pair, Row())
+        row = self._row(key, adapter)
         row.requests += 1
         row.prompt_tokens += prompt_tokens
         row.completion_tokens += completion_tokens
+
+    def add_late(self, key: str, adapter: str | None, completion_tokens: int) -> None:
+        """Count tokens that came after their request was counted."""
+        self._row(key, adapter).completion_tokens += completion_tokens
+
+    def _row(self, key: str, adapter: str | None) -> Row:
+        pair = (key, adapter)
+        if pair not in self.rows and len(self.rows) >= MAX_ROWS:
+            pair = (OTHER, OTHER)
+        return self.rows.setdefault(pair, Row())
 
     def report(self, key: str | None = None) -> dict[str, object]:
         """All rows, or those of a key, in JSON's types."""

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -16,9 +17,11 @@ from engine.footprint import Workload
 from engine.loading import (
     OWN_STEP_BYTES,
     find_storage,
+    gateway_bytes,
     load_planned,
     load_within,
     plan_elsewhere,
+    plan_loading,
     process_bytes,
     read_storage,
 )
@@ -26,6 +29,7 @@ from engine.memory import host_memory
 from engine.model.initial import num_parameters
 from engine.model.packed import can_pack
 from engine.planning import RUNTIME_BYTES, SERVER_BYTES, Budgets, fixed_lines, plan_memory
+from engine.prepare import load_kernels, prepare
 from engine.random_model import write_random_model
 from engine.worker import LoadedModel, Worker
 from tests.tiny import DENSE, MOE, byte_tokenizer, random_ids, tiny_model
@@ -97,6 +101,12 @@ def test_other_kinds_of_directories(tmp_path):
         read_storage(tmp_path / "cpm2")
 
 
+def served(directory):
+    model = load_model(directory)
+    prepare(model)
+    return model
+
+
 def test_all_is_resident_if_it_fits(model_dir):
     phases, plans = [], []
     loaded = load_within(model_dir, None, None, None, phases.append, plans.append)
@@ -106,7 +116,7 @@ def test_all_is_resident_if_it_fits(model_dir):
     assert phases == ["reading weights"]
     assert loaded.plan.workload.source_tokens == 4 * 64
     assert loaded.plan.parts()["process"] > 10**7
-    assert torch.equal(outputs(loaded.model), outputs(load_model(model_dir)))
+    assert torch.equal(outputs(loaded.model), outputs(served(model_dir)))
 
 
 def test_else_experts_are_offloaded_as_planned(model_dir):
@@ -116,7 +126,7 @@ def test_else_experts_are_offloaded_as_planned(model_dir):
         assert experts.plan == loaded.plan.experts
         assert len(experts.plan.pinned) == 4
         assert phases == [f"reading expert {i} of 4" for i in range(1, 5)]
-        assert torch.equal(outputs(loaded.model), outputs(load_model(model_dir)))
+        assert torch.equal(outputs(loaded.model), outputs(served(model_dir)))
         assert experts.stats.misses > 0
 
 
@@ -165,7 +175,7 @@ def test_a_budget_for_a_part_of_the_experts(wide_dir):
     with loaded.experts as experts:
         assert 2 < experts.plan.num_slots < 30
         assert loaded.plan.total("host") <= memory
-        assert torch.equal(outputs(loaded.model), outputs(load_model(wide_dir)))
+        assert torch.equal(outputs(loaded.model), outputs(served(wide_dir)))
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_read(model_dir, tmp_path):
@@ -225,6 +235,16 @@ def test_models_that_cannot_be_planned(model_dir):
         find_storage("cpm2-11b", "int8")
 
 
+def test_what_other_processes_of_a_server_take_is_part_of_its_plan(model_dir):
+    storage, beside = read_storage(model_dir), 2**30
+    sizes = [
+        plan_loading(storage, None, None, LOAD, beside_bytes=nbytes).parts()["process"]
+        for nbytes in (0, beside)
+    ]
+    assert abs(sizes[1] - sizes[0] - beside) <= OWN_STEP_BYTES
+    assert SERVER_BYTES < gateway_bytes() < process_bytes(host_memory(), on_gpu=False)
+
+
 def test_a_plan_for_another_machine_asks_nothing_of_this_one():
     storage, _ = find_storage("cpm2-moe-198b", "int4")
     made = plan_elsewhere(storage, 2**50, 2**40, LOAD)
@@ -252,11 +272,24 @@ def test_the_worker_hands_plan_and_fallbacks_on(model_dir):
         assert worker.drain(20)
 
 
-@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no product for bf16")
-def test_products_are_packed_to_be_served_and_the_rest_stays_readable(model_dir):
+def test_kernels_leave_weights_as_they_are(model_dir):
+    pytest.importorskip("numba")
     stored = load_model(model_dir, torch.bfloat16)
     with closing(load_within(model_dir, torch.bfloat16, None, None, workload=LOAD)) as loaded:
         model = loaded.model
+        assert model.kernels is not None
+        assert all(map(torch.equal, model.parameters(), stored.parameters()))
+        torch.testing.assert_close(outputs(model), outputs(stored).float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no product for bf16")
+def test_without_kernels_products_are_packed(model_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "engine.kernels.attach", None)
+    assert not load_kernels()
+    stored = load_model(model_dir, torch.bfloat16)
+    with closing(load_within(model_dir, torch.bfloat16, None, None, workload=LOAD)) as loaded:
+        model = loaded.model
+        assert model.kernels is None
         assert model.lm_head.weight.is_mkldnn
         assert model.encoder.blocks()[0].self_attention.qkv.weight.is_mkldnn
         assert not any(weight.is_mkldnn for weight in model.experts.parameters())

@@ -14,6 +14,7 @@ from engine.memory import (
     gpu_budget,
     host_budget,
     host_memory,
+    own_pages_bytes,
     resident_bytes,
 )
 
@@ -52,6 +53,11 @@ def group(root, version, name, limit, usage=0, cache=0):
     for file, text in texts.items():
         (directory / file).write_text(f"{text}\n")
     (directory / "memory.stat").write_text(stat)
+
+
+def test_pages_of_files_are_not_a_process_s_own(tmp_path):
+    page = resident_bytes(machine(tmp_path)) // 100
+    assert own_pages_bytes(tmp_path) == 50 * page
 
 
 def test_without_groups_the_machine_is_the_limit(tmp_path):

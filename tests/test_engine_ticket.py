@@ -69,6 +69,26 @@ def test_nothing_is_heard_of_a_ticket_that_is_closed():
     assert run(scenario) == ([], True, [])
 
 
+def test_what_comes_after_it_was_closed_is_counted_and_what_was_told_is_not():
+    async def scenario():
+        tickets = [Ticket(REQUEST, asyncio.get_running_loop()) for _ in range(2)]
+        heard, late = [], []
+        for ticket in tickets:
+            ticket.listen(heard.append)
+            ticket.take(pieces(1)[0])
+        tickets[1].take(END)
+        for ticket in tickets:
+            assert ticket.is_closed == (ticket is tickets[1])
+            ticket.count_late(late.append)
+            await ticket.aclose()
+            assert ticket.is_closed
+        tickets[0].take(pieces(2)[1])
+        tickets[0].take(END)
+        return heard, late
+
+    assert run(scenario) == ([*pieces(1), *pieces(1), END], [pieces(2)[1], END])
+
+
 def test_who_waits_is_told_that_it_is_closed():
     async def scenario():
         ticket = Ticket(REQUEST, asyncio.get_running_loop())

@@ -36,6 +36,7 @@ from engine.request import (
     Searched,
 )
 from engine.scheduler import Limits
+from engine.stats import CacheStats
 from engine.worker import LoadedModel, Worker
 from tests.tiny import MOE, byte_tokenizer, tiny_model
 from tests.waiting import wait_for
@@ -279,6 +280,34 @@ def test_closing_a_stream_ends_the_request_at_its_next_step():
     assert after_close == []
     assert worker.stats().requests == 1  # the two closed ones were not finished
     assert worker.drain(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 200])
+def test_the_step_under_way_when_a_stream_is_closed_is_told_to_who_counts(max_tokens):
+    gate = Gate()
+    worker = Worker("tiny", gate.load)
+    worker.start()
+    wait_for(lambda: worker.state == "ready")
+
+    async def scenario():
+        late = []
+        stream = worker.submit(request(max_tokens=max_tokens, temperature=1.0, seed=1))
+        stream.count_late(late.append)
+        await asyncio.to_thread(gate.reached.wait, TIMEOUT_S)
+        await stream.aclose()
+        gate.opened.set()
+        await collect(worker.submit(request(max_tokens=1)))  # its end comes after that step
+        return late
+
+    try:
+        late = run(scenario())
+    finally:
+        gate.opened.set()
+        worker.drain(TIMEOUT_S)
+    assert sum(len(event.token_ids) for event in late if isinstance(event, Piece)) in (1, 2)
+    ends = [event.completion_tokens for event in late if isinstance(event, Finished)]
+    assert ends == ([1] if max_tokens == 1 else [])
+    assert (worker.stats().requests, worker.stats().cancelled) == (1, 1)
 
 
 def test_a_request_that_breaks_is_told_and_the_next_is_served():
@@ -634,7 +663,7 @@ def test_tasks_are_answered_and_ends_are_counted():
     assert [event.is_late for event in late] == [True]
     stats = worker.stats()
     assert (stats.requests, stats.failed, stats.cancelled) == (2, 1, 1)
-    assert (stats.max_rows, stats.encoder_cache) == (32, (0, 0, 0))
+    assert (stats.max_rows, stats.encoder_cache) == (32, CacheStats(0, 0, 0))
     assert worker.drain(TIMEOUT_S)
 
 

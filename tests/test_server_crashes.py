@@ -173,11 +173,14 @@ def test_memory_is_flat_however_many_clients_vanish(model):
         return not busy and told["infmoe_in_flight"] == 1  # who asks
 
     def measure():
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        rss_bytes = 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
-        num_threads = int(re.search(r"Threads:\s+(\d+)", status)[1])
-        num_files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
-        return rss_bytes, num_threads, num_files
+        sums = Counter()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *children):  # the gateway, and the engine's own process
+            status = Path(f"/proc/{pid}/status").read_text()
+            sums["rss_bytes"] += 1024 * int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+            sums["threads"] += int(re.search(r"Threads:\s+(\d+)", status)[1])
+            sums["files"] += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        return tuple(sums[name] for name in ("rss_bytes", "threads", "files"))
 
     def vanish():
         with contextlib.ExitStack() as stack:

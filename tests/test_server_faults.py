@@ -387,6 +387,59 @@ def test_who_reads_nothing_holds_no_row_and_no_memory(worker, is_stream):
         wait_for(house.is_idle)
 
 
+def trickle(clients, pieces):
+    """Send each client's bytes piece by piece, all clients in turn."""
+    for parts in zip(*pieces, strict=True):
+        for client, part in zip(clients, parts, strict=True):
+            client.sendall(part)
+
+
+def cut(data, num_pieces):
+    size = -(-len(data) // num_pieces)
+    return [data[size * i : size * (i + 1)] for i in range(num_pieces)]
+
+
+def read_slowly(clients):
+    """What each gets, read in small pieces, all clients in turn, until their replies end."""
+    received, open_ones = dict.fromkeys(clients, b""), set(clients)
+    while open_ones:
+        for client in list(open_ones):
+            received[client] += (part := client.recv(700))
+            if not part:
+                open_ones.discard(client)
+    return [received[client] for client in clients]
+
+
+@pytest.mark.slow
+def test_200_slow_clients_of_whom_half_vanish(worker):
+    """Heads, bodies and readers that are slow; others are served meanwhile, and so are those.
+
+    Who stays gets the whole reply. Small buffers: each long stream waits for its reader.
+    """
+    told = {"connection": "close"}
+    streamed = LONG | {"max_tokens": 60, "logprobs": 5, "stream": True}
+    short = LONG | {"max_tokens": 2}
+    with (
+        house_of(worker, send_bytes=4096) as house,
+        nothing_left(house),
+        connected(house, 200, receive_bytes=4096) as clients,
+    ):
+        senders, readers = clients[:100], clients[100:]
+        for client in readers:
+            client.sendall(request_bytes(streamed, headers=told))
+        half = [cut(request_bytes(short, headers=told), 16) for _ in senders]
+        trickle(senders, [parts[:8] for parts in half])
+        good = httpx2.post(f"{house.url}{URL}", json=short, headers=AUTH, timeout=60)
+        assert good.status_code == 200
+        for client in (*senders[::2], *readers[::2]):
+            client.close()
+        trickle(senders[1::2], [parts[8:] for parts in half[1::2]])
+        replies = read_slowly([*senders[1::2], *readers[1::2]])
+    assert all(reply.startswith(b"HTTP/1.1 200") for reply in replies)
+    assert all(b'"finish_reason":"length"' in reply for reply in replies)
+    assert all(b"data: [DONE]" in reply for reply in replies[50:])
+
+
 def test_more_requests_than_the_queue_holds():
     model, is_refused = tiny_model(), threading.Event()
     step = model.step

@@ -161,6 +161,26 @@ def test_the_bill_of_a_request_that_fails(opened, status, generated, remaining, 
     assert len(accounts.usage.report()["data"]) == num_rows
 
 
+@pytest.mark.parametrize(
+    ("status", "generated", "remaining", "completion_tokens"),
+    [(CLIENT_GONE, 7, 81, [9]), (CLIENT_GONE, 0, 88, [2]), (500, 0, 100, [])],
+)
+def test_tokens_that_come_after_the_end_are_charged_unless_all_was_free(
+    opened, status, generated, remaining, completion_tokens
+):
+    accounts, _ = opened(record(tokens_per_minute=100))
+    caller = accounts.identify("key")
+    caller.enter()
+    bill = caller.reserve(10, 80)
+    bill.add(generated)
+    caller.leave(status)
+    bill.add(2)
+    assert caller.headers()["x-ratelimit-remaining-tokens"] == str(remaining)
+    rows = accounts.usage.report()["data"]
+    assert [row["completion_tokens"] for row in rows] == completion_tokens
+    assert [row["requests"] for row in rows] == [1 for _ in completion_tokens]
+
+
 def test_headers_tell_what_is_limited(opened):
     accounts, clock = opened(record(requests_per_minute=60, tokens_per_minute=120))
     caller = accounts.identify("key")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+import threading
 from dataclasses import replace
 
 import httpx2
@@ -22,9 +23,10 @@ from server.keys import hash_key
 from server.metrics import Meter, Metrics
 from server.metrics_adapters import BASE, MAX_NAMES, OTHER, AdapterCollector, AdapterCounts
 from server.settings import Settings
-from tests.fakes import HOLD, FakeEngine, finished, live_server
+from tests.fakes import HOLD, FakeEngine, finished, live_server, tiny_worker
 from tests.test_server_health import client_of, in_state, loading_engine, samples_of
 from tests.test_server_info import planned_engine
+from tests.tiny import tiny_model
 from tests.waiting import wait_for
 
 URL = "/v1/completions"
@@ -318,6 +320,57 @@ def test_a_meter_is_closed_once():
     meter.close()
     text = generate_latest(metrics.registry).decode()
     assert 'infmoe_finished_total{reason="cancelled"} 1.0' in text
+
+
+def test_tokens_of_the_step_under_way_are_counted_after_the_end():
+    metrics = Metrics(FakeEngine())
+    requests = [Request(request_id=name, encoder_ids=(5,)) for name in "ab"]
+    meter = Meter(metrics, requests)
+    assert meter.see(0, Piece("x", (1,))) == 1
+    meter.close()
+    assert meter.see(0, Piece("y", (2, 3))) == 2
+    assert meter.see(0, finished(requests[0], num_tokens=4)) == 1  # a mark ended it
+    assert meter.see(1, Failed("broken")) == 0
+    lines = generate_latest(metrics.registry).decode().splitlines()
+    assert "infmoe_generated_tokens_total 4.0" in lines
+    assert f'infmoe_adapter_generated_tokens_total{{adapter="{BASE}"}} 4.0' in lines
+    assert [line for line in lines if line.startswith("infmoe_finished_total{")] == [
+        'infmoe_finished_total{reason="cancelled"} 2.0'
+    ]
+
+
+def test_who_goes_in_the_midst_of_a_step_pays_for_its_token():
+    """A real engine whose step waits until the client has gone and its request is over."""
+    reached, opened = threading.Event(), threading.Event()
+    model = tiny_model()
+    step = model.step
+
+    def gated(*args):
+        reached.set()
+        assert opened.wait(60)
+        return step(*args)
+
+    model.step = gated
+    body = {"prompt": "ab", "stream": True, "max_tokens": 50, "ignore_eos": True, "logprobs": 0}
+    try:
+        with tiny_worker(model) as worker, live_server(worker, api_key=KEY) as address:
+            auth = {"authorization": f"Bearer {KEY}"}
+            with httpx2.Client(base_url=address, headers=auth, timeout=60) as client:
+                with client.stream("POST", URL, json=body):
+                    assert reached.wait(60)
+                wait_for(lambda: reasons_of(client).get("cancelled") == 1)
+                samples = samples_of(client)
+                assert samples["infmoe_generated_tokens_total",] == 0
+                opened.set()
+                wait_for(lambda: worker.stats().cancelled == 1 and not worker.stats().running)
+                wait_for(lambda: samples_of(client)["infmoe_generated_tokens_total",] > 0)
+                made = samples_of(client)["infmoe_generated_tokens_total",]
+                (row,) = client.get("/v1/usage").json()["data"]
+    finally:
+        opened.set()
+    assert row["completion_tokens"] == made
+    assert row["requests"] == 1
+    assert made <= 2  # its first, and that of the batch's step in the same turn
 
 
 def test_tokens_that_a_client_never_reads_are_counted_all_the_same():

@@ -1,8 +1,9 @@
 """What attacks on such servers have in common, case by case; each test begins with its number.
 
 S2, S6, S10 and S19 (files of models and adapters) are with the readers of those files, S9 and S21
-(uploads) with the admin routes, S15 (grammars) with the grammars. S23 and S24 are about pages and
-exports, of which there is one page; S27 is about a container.
+(uploads) with the admin routes, S15 (grammars) with the grammars, S26 (what those leave who vanish)
+in `test_server_soak` and `test_server_faults`. S23 and S24 are about pages and exports, of which
+there is one page; S27 is about a container.
 """
 
 import ast
@@ -104,6 +105,7 @@ def called(tree):
 
 UNSAFE_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "yaml"}
 READER = "engine/pickles.py"  # of conversion, restricted
+PRIVATE = "engine/remote_messages.py"  # between a gateway and the engine that it started
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -115,11 +117,27 @@ def test_s1_s4_no_pickle_anywhere_but_in_one_reader(path):
         assert loads
         assert all(ast.unparse(words["weights_only"]) == "True" for words in loads)
         return
+    if name == PRIVATE:
+        assert {"open", "pickle.load"}.isdisjoint(function for function, _ in called(tree))
+        return
     assert not UNSAFE_MODULES & {module.split(".")[0] for module in imported(tree)}
     for function, words in called(tree):
         assert function not in ("torch.load", "torch.save", "exec", "eval", "__import__")
         if function in ("np.load", "numpy.load"):
             assert ast.unparse(words["allow_pickle"]) == "False"
+
+
+def test_s1_what_unpickles_frames_reads_a_socket_that_has_no_name_and_nothing_else():
+    ends = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources()
+        if "Unpacker" in path.read_text(encoding="utf-8")
+    }
+    assert ends == {PRIVATE, "engine/remote_host.py", "engine/remote_line.py"}
+    spawn = (ROOT / "engine/remote_process.py").read_text(encoding="utf-8")
+    wire = (ROOT / "engine/remote_wire.py").read_text(encoding="utf-8")
+    assert spawn.count("socket.socketpair()") == wire.count("socket.socketpair()") == 1
+    assert not {"bind(", "connect(", "AF_INET"} & set(spawn.split() + wire.split())
 
 
 def test_s6_nothing_is_imported_by_a_name_from_a_file():

@@ -238,3 +238,19 @@ def test_a_name_like_no_other_is_not_guessed_at(monkeypatch):
         ConfigError, match="unknown setting INFMOE_XYZZY; `infmoe serve --print-config`"
     ):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_own"),
+    [
+        ("", True),
+        ('memory = "2GiB"', False),
+        ('memory = "2GiB"\nengine_process = true', True),
+        ("engine_process = false", False),
+    ],
+)
+def test_the_engine_has_a_process_unless_memory_is_bounded_or_somebody_says_so(
+    tmp_path, text, is_own
+):
+    settings, _ = join_settings({}, write(tmp_path / "c.toml", text))
+    assert settings.has_engine_process is is_own

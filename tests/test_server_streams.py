@@ -147,6 +147,23 @@ def test_what_nobody_reads_is_counted_too_and_once(has_tickets):
     assert counted == [(0, event) for event in events]
 
 
+def test_what_tickets_make_after_the_end_is_counted():
+    event = Piece("a", (1,))
+
+    async def scenario():
+        counted = []
+        tickets = [Ticket(REQUEST, asyncio.get_running_loop()) for _ in range(2)]
+        merge = Merge(tickets)
+        merge.count_by(lambda index, event: counted.append((index, event)))
+        async with merge:
+            pass
+        for ticket in tickets:
+            ticket.take(event)
+        return counted
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == [(0, event), (1, event)]
+
+
 class Client:
     """Whose requests a test awaits: it goes when it is told to."""
 
