@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import load_model, open_expert_stores, open_native
-from engine.checkpoint_experts import expert_weights
+from engine.checkpoint_experts import expert_weights, layout_dtype
 from engine.checkpoint_tensors import DTYPES
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError
@@ -181,7 +181,8 @@ def _common_layout(
 ) -> BlobLayout:
     """The one layout of all stores. Raises ConfigError if they differ or are of another dtype."""
     layout = next(iter(stores.values())).layout
-    stored = DTYPES[layout.tensors[0].dtype]
+    has_dtype = layout.quantization == "none" or any(len(s.shape) == 1 for s in layout.tensors)
+    stored = DTYPES[layout_dtype(layout)] if has_dtype else dtype
     if stored != dtype or any(store.layout != layout for store in stores.values()):
         raise ConfigError(
             f"{directory}: experts are stored as {stored}, and offloading does not convert; "

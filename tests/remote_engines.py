@@ -17,7 +17,7 @@ from engine.worker import LoadedModel, Worker
 from tests.tiny import byte_tokenizer, tiny_model
 from tests.waiting import wait_for
 
-OPTIONS = EngineOptions(model=Path("."), name="tiny")
+OPTIONS = EngineOptions(model=Path(), name="tiny")
 
 
 def load_tiny(_):

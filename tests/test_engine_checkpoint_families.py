@@ -131,6 +131,10 @@ def test_experts_are_quantised_by_a_conversion(tmp_path, name, kind):
     for key, tensor in exact.items():
         off = (getattr(stored, key).float() - tensor).norm() / tensor.norm()
         assert off < (0.02 if kind == "int8" else 0.15), key
+    model, experts = load_offloaded(tmp_path / "native", None, 10**8)
+    with experts:  # whether they have vectors, which tell of a dtype, or not
+        expected = scores(load_model(tmp_path / "native")).float()
+        assert (scores(model).float() - expected).norm() < 0.1 * expected.norm()
 
 
 def test_inspect_tells_of_a_family(saved):

@@ -129,8 +129,13 @@ def _teams() -> dict[int, Team]:
 
 
 def the_team() -> Team:
-    """The team of this process, of as many threads as torch uses now."""
-    threads = torch.get_num_threads() if sys.platform == "linux" else 1
+    """The team of this process: as many threads as torch uses now, but no more than cores.
+
+    Threads of a team wait for each other: those beyond would only stand in the way.
+    """
+    threads = 1
+    if sys.platform == "linux":
+        threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
     teams = _teams()
     if threads in teams:
         return teams[threads]
