@@ -294,7 +294,9 @@ def load_planned(
     progress = progress or LoadProgress()
     progress.begin(bytes_to_read(path, plan))
     loaded = _load_planned(path, plan, on_phase, progress)
-    prepare(loaded.model)
+    if plan.budgets.gpu_bytes is None:
+        on_phase("preparing kernels")  # at the first time, they are compiled
+        prepare(loaded.model)
     return_free_heap()
     progress.finish()
     return loaded

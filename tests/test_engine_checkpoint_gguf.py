@@ -256,7 +256,7 @@ def test_a_file_or_its_folder_is_a_model(served):
 def test_loading_tells_how_far_it_is(served):
     with_phase = []
     loaded = load_within(served, torch.float32, None, None, with_phase.append)
-    assert with_phase == ["reading weights"]
+    assert with_phase == ["reading weights", "preparing kernels"]
     assert loaded.model.config.num_decoder_layers == 2
     loaded.close()
 

@@ -46,6 +46,12 @@ def test_works_where_nothing_can_be_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_others_may_write_is_not_run(tmp_path):
+    named = run({"XDG_CACHE_HOME": str(tmp_path)})
+    Path(named.strip("'")).chmod(0o777)
+    assert run({"XDG_CACHE_HOME": str(tmp_path)}) == "''"
+
+
 def test_code_is_kept_and_found_again(tmp_path):
     first = run({"XDG_CACHE_HOME": str(tmp_path)})
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")}

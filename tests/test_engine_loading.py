@@ -113,7 +113,7 @@ def test_all_is_resident_if_it_fits(model_dir):
     assert loaded.experts is None
     assert loaded.plan.is_resident
     assert plans == [loaded.plan]
-    assert phases == ["reading weights"]
+    assert phases == ["reading weights", "preparing kernels"]
     assert loaded.plan.workload.source_tokens == 4 * 64
     assert loaded.plan.parts()["process"] > 10**7
     assert torch.equal(outputs(loaded.model), outputs(served(model_dir)))
@@ -125,7 +125,7 @@ def test_else_experts_are_offloaded_as_planned(model_dir):
     with loaded.experts as experts:
         assert experts.plan == loaded.plan.experts
         assert len(experts.plan.pinned) == 4
-        assert phases == [f"reading expert {i} of 4" for i in range(1, 5)]
+        assert phases == [*(f"reading expert {i} of 4" for i in range(1, 5)), "preparing kernels"]
         assert torch.equal(outputs(loaded.model), outputs(served(model_dir)))
         assert experts.stats.misses > 0
 

@@ -1,6 +1,7 @@
 """The decorator of functions that are compiled when first called, and kept on disk."""
 
 import os
+import stat
 from collections.abc import Callable
 from functools import lru_cache
 from hashlib import sha256
@@ -19,9 +20,10 @@ LOOSE = {"reassoc", "contract", "nsz"}
 
 @lru_cache(maxsize=1)
 def cache_directory() -> str:
-    """Where machine code of exactly these sources is kept; empty if nothing can be written there.
+    """Where machine code of exactly these sources is kept.
 
-    Numba itself looks only at the file of a function, not at what is compiled into it.
+    Empty if nothing can be written there, or others can write there as well. Numba itself looks
+    only at the file of a function, not at what is compiled into it.
     """
     digest = sha256(numba.__version__.encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -29,7 +31,10 @@ def cache_directory() -> str:
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         directory = base / "infmoe" / f"kernels-{digest.hexdigest()[:16]}"
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.stat()
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return ""  # what others write there is not to be run
         with TemporaryDirectory(dir=directory):
             return str(directory)
     except (OSError, RuntimeError):  # the latter if there is no home
@@ -44,6 +49,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_loosely(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same where the order of sums does not matter."""
     return _compiled(function, fastmath=LOOSE)
+
+
+def merged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function as a part of the one that calls it, and not a second time by itself."""
+    made: Callable[..., Any] = njit(inline="always", error_model="numpy")(function)
+    return made
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.kernels import ops
 from engine.kernels.attention import attend
-from engine.kernels.compiled import compiled
+from engine.kernels.compiled import compiled, merged
 from engine.kernels.curves import activate
 from engine.kernels.memory import (
     add_shared,
@@ -76,7 +76,7 @@ def _multiply_out(  # noqa: PLR0913  rows and outputs of a product, and room
             add_stored(out + row * os + 4 * begin, end - begin, bias + size * begin, kind)
 
 
-@compiled
+@merged
 def _do_product(
     op: Any, task: int, x: int, xs: int, packed: int, num_rows: int, tiles: int, scratch: int
 ) -> None:
@@ -108,7 +108,7 @@ def _do_product(
             activate(op[ops.P_ACTIVATION], out + there, by, end - begin)
 
 
-@compiled
+@merged
 def _run_product(op: Any, reals: Any, counter: int, num_rows: int, scratch: int) -> None:
     x, xs, length = op[ops.P_X], op[ops.P_X_STRIDE], op[ops.P_LENGTH]
     task = add_shared(counter, 1)
@@ -153,7 +153,7 @@ def _norm_row(op: Any, reals: Any, row: int) -> None:
     normalize(x, out, op[ops.N_LENGTH], op[ops.N_NORM], weight, bias, op[ops.KIND], eps)
 
 
-@compiled
+@merged
 def _num_tasks(op: Any, num_rows: int) -> Any:
     """Tasks of an operation that is no product."""
     if op[0] == ops.ATTEND:
@@ -167,7 +167,7 @@ def _num_tasks(op: Any, num_rows: int) -> Any:
     return num_rows
 
 
-@compiled
+@merged
 def _run_task(op: Any, reals: Any, task: int, num_rows: int, scratch: int) -> None:
     code = op[0]
     if code == ops.ATTEND:
@@ -188,7 +188,7 @@ def _run_task(op: Any, reals: Any, task: int, num_rows: int, scratch: int) -> No
         combine(op, task)
 
 
-@compiled
+@merged
 def _run_op(op: Any, reals: Any, counter: int, num_rows: int, scratch: int) -> None:
     """The share of one thread in an operation: it takes tasks until none is left."""
     if op[0] == ops.PRODUCT:
@@ -201,7 +201,7 @@ def _run_op(op: Any, reals: Any, counter: int, num_rows: int, scratch: int) -> N
         task = add_shared(counter, 1)
 
 
-@compiled
+@merged
 def _word(shared: int, index: int) -> int:
     return shared + 8 * index
 
@@ -218,7 +218,16 @@ def _wait_for_all(shared: int, threads: int) -> None:
 
 
 @compiled
-def run_share(shared: int, thread: int) -> None:
+def rouse(shared: int, semaphores: int) -> None:
+    """Begin an epoch, and wake who sleeps."""
+    add_shared(_word(shared, EPOCH), 1)
+    for thread in range(1, get_shared(_word(shared, THREADS))):
+        if swap_shared(_word(shared, ASLEEP + LINE * thread), 0):
+            post_semaphore(semaphores + SEMAPHORE_BYTES * thread)
+
+
+@merged
+def _run_share(shared: int, thread: int) -> None:
     """What one thread does of the program that shared words tell of."""
     threads = get_shared(_word(shared, THREADS))
     table, num_ops = get_shared(_word(shared, TABLE)), get_shared(_word(shared, NUM_OPS))
@@ -235,37 +244,35 @@ def run_share(shared: int, thread: int) -> None:
 
 
 @compiled
-def serve(shared: int, thread: int, semaphore: int) -> None:
-    """The life of a helping thread: it looks out for programs, and sleeps if none comes."""
-    seen, looks = 0, 0
+def _wait_for_epoch(shared: int, thread: int, seen: int, semaphores: int) -> Any:
+    """Look out for another epoch than one that was seen; sleep if none begins."""
+    looks = 0
     asleep = _word(shared, ASLEEP + LINE * thread)
+    while get_shared(_word(shared, EPOCH)) == seen:
+        looks += 1
+        if looks > LOOKS:
+            swap_shared(asleep, 1)
+            # who gives out a program begins the epoch first, and looks for sleepers then
+            if get_shared(_word(shared, EPOCH)) == seen or not swap_shared(asleep, 0):
+                wait_semaphore(semaphores + SEMAPHORE_BYTES * thread)
+            looks = 0
+    return get_shared(_word(shared, EPOCH))
+
+
+@compiled
+def work(shared: int, thread: int, semaphores: int) -> None:
+    """Run a program with all threads, if this is the first, 0; else help with all that come.
+
+    It is one function, because what it contains takes long to compile.
+    """
+    seen = 0
     while True:
-        if get_shared(_word(shared, EPOCH)) == seen:
-            looks += 1
-            if looks > LOOKS:
-                swap_shared(asleep, 1)
-                # who gives out a program begins the epoch first, and looks for sleepers then
-                if get_shared(_word(shared, EPOCH)) == seen or not swap_shared(asleep, 0):
-                    wait_semaphore(semaphore)
-                looks = 0
-            continue
-        seen, looks = get_shared(_word(shared, EPOCH)), 0
-        if get_shared(_word(shared, IS_OVER)):
+        if thread:
+            seen = _wait_for_epoch(shared, thread, seen, semaphores)
+            if get_shared(_word(shared, IS_OVER)):
+                return
+        else:
+            rouse(shared, semaphores)
+        _run_share(shared, thread)
+        if not thread:
             return
-        run_share(shared, thread)
-
-
-@compiled
-def lead(shared: int, semaphores: int) -> None:
-    """Run a program with all threads, this being the first."""
-    rouse(shared, semaphores)
-    run_share(shared, 0)
-
-
-@compiled
-def rouse(shared: int, semaphores: int) -> None:
-    """Begin an epoch, and wake who sleeps."""
-    add_shared(_word(shared, EPOCH), 1)
-    for thread in range(1, get_shared(_word(shared, THREADS))):
-        if swap_shared(_word(shared, ASLEEP + LINE * thread), 0):
-            post_semaphore(semaphores + SEMAPHORE_BYTES * thread)

@@ -25,10 +25,8 @@ from engine.kernels.program import (
     SEMAPHORE_BYTES,
     TABLE,
     THREADS,
-    lead,
     rouse,
-    run_share,
-    serve,
+    work,
 )
 
 Table = NDArray[np.int64]
@@ -62,12 +60,12 @@ class Team:
             alone[THREADS] = 1
             scratch = Scratch(1)
             scratch.fill(alone, table, num_rows, scratch_bytes)
-            run_share(alone.ctypes.data, 0)
+            work(alone.ctypes.data, 0, 0)
             return
         try:
             self._begin()
             self._scratch.fill(self._shared, table, num_rows, scratch_bytes)
-            lead(self._shared.ctypes.data, self._semaphores.ctypes.data)
+            work(self._shared.ctypes.data, 0, self._semaphores.ctypes.data)
         finally:
             self._lock.release()
 
@@ -94,8 +92,8 @@ class Team:
 
 
 def _help(shared: Words, semaphores: NDArray[np.uint8], number: int) -> None:
-    """Serve, and hold the memory meanwhile: at exit a team goes before its helpers do."""
-    serve(shared.ctypes.data, number, semaphores.ctypes.data + SEMAPHORE_BYTES * number)
+    """Help, and hold the memory meanwhile: at exit a team goes before its helpers do."""
+    work(shared.ctypes.data, number, semaphores.ctypes.data)
 
 
 class Scratch:
