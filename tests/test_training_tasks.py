@@ -37,6 +37,7 @@ ROWS = {
     "sogou_log_ranking": {"query": "天", "docs": ["车", "天气", "云"], "gains": [0, 2, 1]},
     "spam_en": {"text": "Win money now", "label": "spam"},
     "spam_en_lm": {"text": "Win money now", "label": "spam"},
+    "subject_en": {"text": "The build fails", "answer": "Kernel patch"},
     "wmt_en_zh": {"source": "hello", "target": "你好"},
     "zero_shot_apps": {"sentence": "球", "label_des": "卡牌"},
     "zero_shot_idioms": {"before": "他", "after": "。", "candidates": ["甲", "乙"], "answer": "乙"},
