@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import time
@@ -45,7 +46,9 @@ def board_queries():
 
 def exported_names(tmp_path):
     """Every name that a server with a plan, offloaded experts and adapters may tell a sample of."""
-    client = TestClient(create_app(planned_engine(), Settings(adapters=tmp_path)))
+    engine = planned_engine()
+    engine.process_id = os.getpid()  # as if it had one of its own
+    client = TestClient(create_app(engine, Settings(adapters=tmp_path)))
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {family.name + end for family in families for end in SUFFIXES[family.type]}
 
