@@ -20,7 +20,7 @@ def load_kernels() -> bool:
 
 
 def prepare(model: Transformer) -> None:
-    """Give a model kernels; or pack its products, where it pays, if they are not for it.
+    """Give a model kernels, and pack what only sweeps use, where it pays; else pack all.
 
     Packed weights can be neither read nor saved. Experts are not packed: offloaded ones could not
     be, and would differ from resident ones.
@@ -32,6 +32,10 @@ def prepare(model: Transformer) -> None:
         from engine.kernels.attach import attach_kernels
 
         if attach_kernels(model):
+            if can_pack(weight.dtype) and not model.config.is_decoder_only:
+                pack_linears(model.encoder, Linear)
+                for block in model.decoder.blocks():
+                    pack_linears(block.cross_attention.key_value, Linear)
             return
     if can_pack(weight.dtype):
         pack_linears(model, Linear)

@@ -272,13 +272,25 @@ def test_the_worker_hands_plan_and_fallbacks_on(model_dir):
         assert worker.drain(20)
 
 
-def test_kernels_leave_weights_as_they_are(model_dir):
+def test_kernels_read_weights_as_they_are(model_dir):
     pytest.importorskip("numba")
     stored = load_model(model_dir, torch.bfloat16)
     with closing(load_within(model_dir, torch.bfloat16, None, None, workload=LOAD)) as loaded:
         model = loaded.model
         assert model.kernels is not None
-        assert all(map(torch.equal, model.parameters(), stored.parameters()))
+        own = [model.experts, *(b.self_attention for b in model.decoder.blocks()), model.lm_head]
+        kept = [
+            stored.experts,
+            *(b.self_attention for b in stored.decoder.blocks()),
+            stored.lm_head,
+        ]
+        for part, as_stored in zip(own, kept, strict=True):
+            assert all(map(torch.equal, part.parameters(), as_stored.parameters()))
+        for weight in (  # what only sweeps use
+            model.encoder.blocks()[0].self_attention.qkv.weight,
+            model.decoder.blocks()[0].cross_attention.key_value.weight,
+        ):
+            assert weight.is_mkldnn == can_pack(torch.bfloat16)
         torch.testing.assert_close(outputs(model), outputs(stored).float(), rtol=0.05, atol=0.05)
 
 

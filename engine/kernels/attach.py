@@ -7,10 +7,8 @@ from torch import Tensor
 from engine.checkpoint_tensors import FULL
 from engine.kernels import ops
 from engine.kernels.builder import KINDS
-from engine.kernels.rows import RowProducts
 from engine.kernels.step import StepProgram
 from engine.kernels.team import the_team
-from engine.model.layers import FeedForward, Linear
 from engine.model.transformer import Transformer
 
 
@@ -30,10 +28,6 @@ def attach_kernels(model: Transformer) -> bool:
         return False
     warm_up()
     model.kernels = StepProgram(model)
-    rows = RowProducts(model.config)
-    for module in model.modules():
-        if isinstance(module, Linear | FeedForward):
-            module.kernels = rows
     return True
 
 

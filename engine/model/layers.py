@@ -7,7 +7,7 @@ F feed-forward width, H heads, K head width.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,33 +104,13 @@ def _feed_forward(
     return linear(hidden_NF, weights.wo, weights.bo)
 
 
-class RowKernels(Protocol):
-    """Products of few rows, computed in another way than by torch."""
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether it is for these rows (..., I)."""
-        ...
-
-    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        """Map (..., I) to (..., O) as a layer does."""
-        ...
-
-    def feed_forward(
-        self, x: Tensor, norm: nn.Module, wi_0: nn.Linear, wi_1: nn.Linear | None, wo: nn.Linear
-    ) -> Tensor:
-        """FF(norm(x)), (..., D)."""
-        ...
-
-
 class Linear(nn.Linear):
     """A product whose weight may be packed (`pack_linears`).
 
-    With `tile_rows` it is computed in tiles of so many rows (`set_invariant`); `kernels` compute it
-    where they take the rows.
+    With `tile_rows` it is computed in tiles of so many rows (`set_invariant`).
     """
 
     tile_rows = 0
-    kernels: RowKernels | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias=bias)
@@ -139,8 +119,6 @@ class Linear(nn.Linear):
         """Map (..., inputs) to (..., outputs)."""
         if self.tile_rows:
             return in_tiles(lambda tile: linear(tile, self.weight, self.bias), x, self.tile_rows)
-        if self.kernels is not None and self.kernels.takes(x):
-            return self.kernels.linear(x, self)
         return linear(x, self.weight, self.bias)
 
 
@@ -169,7 +147,6 @@ class FeedForward(nn.Module):
     """The dense feed-forward sublayer: x + FF(norm(x))."""
 
     tile_rows = 0
-    kernels: RowKernels | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -183,8 +160,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         gate = self.wi_1 if self.config.gated else None
-        if self.kernels is not None and not self.tile_rows and self.kernels.takes(x):
-            return x + self.kernels.feed_forward(x, self.norm, self.wi_0, gate, self.wo)
         weights = FeedForwardWeights(
             None,
             self.wi_0.weight,
