@@ -95,6 +95,7 @@ def test_reading_on_after_a_context_equals_reading_anew(name):
         more = run_through(model.go_on_layers(new, ones, Past(context, torch.tensor(lengths))))
         whole = model.encode(tokens[:1], torch.ones_like(tokens[:1]))
     torch.testing.assert_close(torch.cat([context, more], 1)[:1], whole)
+    torch.testing.assert_close(model.encode(tokens[:, :7], kept), context)  # for gradients
     prompt = context.clone().requires_grad_()
     states = model.decode(new, ones, prompt, kept)  # without a cache, for gradients
     torch.testing.assert_close(states.detach(), cached)

@@ -13,20 +13,28 @@ from engine.config import ModelConfig
 
 
 class Context:
-    """The keys and values of a pass, written layer by layer."""
+    """The keys and values of a pass, written layer by layer.
+
+    Where gradients are kept they are joined at the end: behind writing in place autograd would copy
+    the gradient of all layers for each.
+    """
 
     def __init__(self, config: ModelConfig, x_BSD: Tensor) -> None:
         shape = (config.num_decoder_layers, 2, config.kv_heads, config.d_kv)
         self._kept = x_BSD.new_empty(*x_BSD.shape[:2], *shape)
+        self._parts: list[Tensor] = []
 
     def write(self, layer: int, k_BHSK: Tensor, v_BHSK: Tensor) -> None:
-        """Keep the keys and values of a layer."""
+        """Keep the keys and values of a layer, of each in turn."""
+        if torch.is_grad_enabled():
+            self._parts += [k_BHSK.transpose(1, 2), v_BHSK.transpose(1, 2)]
+            return
         self._kept[:, :, layer, 0] = k_BHSK.transpose(1, 2)
         self._kept[:, :, layer, 1] = v_BHSK.transpose(1, 2)
 
     def flat(self) -> Tensor:
         """All of them, (B, S, L * 2 * H * K)."""
-        return self._kept.flatten(2)
+        return (torch.stack(self._parts, 2) if self._parts else self._kept).flatten(2)
 
 
 def context_width(config: ModelConfig) -> int:
@@ -60,9 +68,15 @@ class Past(NamedTuple):
         """Positions of the longest."""
         return self.context_BPW.shape[1]
 
-    def before(
-        self, config: ModelConfig, layer: int, k_BHSK: Tensor, v_BHSK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer with those of the past in front, each (B, H, P + S, K)."""
-        kept = arena_of(self.context_BPW, config)[layer].transpose(2, 3)
-        return torch.cat([kept[0], k_BHSK], 2), torch.cat([kept[1], v_BHSK], 2)
+    def layers(self, config: ModelConfig) -> tuple[Tensor, ...]:
+        """Keys and values (2, B, H, P, K) of each layer; views.
+
+        All at once: for each that is taken out alone autograd would add a gradient of all.
+        """
+        return arena_of(self.context_BPW, config).transpose(3, 4).unbind(0)
+
+
+def join_past(kept_2BHPK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer with those of the past in front, each (B, H, P + S, K)."""
+    keys, values = kept_2BHPK.unbind(0)
+    return torch.cat([keys, k_BHSK], 2), torch.cat([values, v_BHSK], 2)

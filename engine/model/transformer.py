@@ -25,7 +25,7 @@ from engine.model.blocks import (
     document_lengths,
     real_positions,
 )
-from engine.model.context import Context, Past, arena_of, document_positions
+from engine.model.context import Context, Past, arena_of, document_positions, join_past
 from engine.model.layers import Bias, FeedForward, Linear
 from engine.model.masks import MASK_QUERIES, CausalMask, mask_bias
 from engine.model.moe import ExpertSource, ResidentExperts
@@ -158,12 +158,13 @@ class Transformer(nn.Module):
             return x_BSD, context.flat()
         biases = self._causal_biases(segments_BS, position_BS, past, x_BSD.dtype)
         real_BS = real_positions(segments_BS)
+        kept = () if past is None else past.layers(self.config)
         for index, block in enumerate(self.decoder.blocks()):
             q_BHSK, k_BHSK, v_BHSK = block.self_attention.project(x_BSD, turn)
             if keeps:
                 context.write(index, k_BHSK, v_BHSK)
-            if past is not None:
-                k_BHSK, v_BHSK = past.before(self.config, index, k_BHSK, v_BHSK)
+            if kept:
+                k_BHSK, v_BHSK = join_past(kept[index], k_BHSK, v_BHSK)
             bias = biases[self._window(index)]
             x_BSD = x_BSD + block.self_attention.mix(q_BHSK, k_BHSK, v_BHSK, bias)
             x_BSD = block.transform(x_BSD, self.experts, real_BS)
