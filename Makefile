@@ -1,10 +1,12 @@
 # make serve   installs what is needed and serves the demo model and its adapters on port 8000 (PORT=,
-#              HOST=, MODEL=, ADAPTERS=); MODEL=smollm2 is SmolLM2-135M-Instruct, of a package (90 MB)
+#              HOST=, MODEL=, ADAPTERS=); MODEL=smollm2 is SmolLM2-135M-Instruct, of a package (90 MB),
+#              with adapters of its own
 # make test    installs the test extras and runs the tests
 # make check   format, lint, types, tests: what CI runs
 # make image-test   builds the container image without an engine and tries it; needs root, buildah
 # make story   trains in three stages, as CPM-2: Chinese, bilingual, mixture of experts (minutes)
-# make adapters   fetches the rows of models/adapters and trains them again, into runs/adapters
+# make adapters   fetches the rows of models/adapters and trains them again, into runs/adapters;
+#                 adapters-smollm2 those of SmolLM2
 # make bench   speed of the demo model against a baseline and the memory bandwidth
 #
 # torch is installed first and pinned, so that nothing else chooses another build. On Linux the default
@@ -15,12 +17,12 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= models/demo
-ADAPTERS ?= $(if $(filter models/demo,$(MODEL)),models/adapters)
+ADAPTERS ?= $(if $(filter models/demo,$(MODEL)),models/adapters)$(if $(filter smollm2,$(MODEL)),models/adapters-smollm2)
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test check lint bench test-ray image-test story adapters clean
+.PHONY: serve test check lint bench test-ray image-test story adapters adapters-smollm2 clean
 
 serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
@@ -58,6 +60,17 @@ runs/adapters/clauses-zh: TASK = clause_zh
 runs/adapters/%: data/tasks/SOURCES.json
 	OMP_NUM_THREADS=1 $(BIN)/infmoe tune training/recipes/adapters/$(subst -,_,$*).toml --dtype fp32
 	$(BIN)/infmoe eval-task models/demo data/tasks/$(subst -,_,$*)/test.jsonl --task $(TASK) \
+	  --adapter $@ --note-score
+
+adapters-smollm2: $(addprefix runs/adapters-smollm2/,spam-en subjects-en reviews-zh clauses-zh)
+
+runs/adapters-smollm2/reviews-zh: TASK = sentiment_zh_lm
+runs/adapters-smollm2/spam-en: TASK = spam_en_lm
+runs/adapters-smollm2/clauses-zh: TASK = clause_zh_lm
+runs/adapters-smollm2/subjects-en: TASK = subject_en
+runs/adapters-smollm2/%: data/tasks/SOURCES.json $(VENV)/.smollm2
+	OMP_NUM_THREADS=1 $(BIN)/infmoe tune training/recipes/adapters/smollm2_$(subst -,_,$*).toml
+	$(BIN)/infmoe eval-task smollm2 data/tasks/$(subst -,_,$*)/test.jsonl --task $(TASK) \
 	  --adapter $@ --note-score
 
 data/tasks/SOURCES.json: $(VENV)/.train

@@ -23,7 +23,8 @@ ROWS = {
 
 
 def test_there_is_an_adapter_for_each_source_of_rows():
-    assert [name.replace("-", "_") for name in NAMES] == sorted(one.origin.name for one in SOURCES)
+    names = {one.origin.name for one in SOURCES} - {"subjects_en"}  # that is for SmolLM2 alone
+    assert [name.replace("-", "_") for name in NAMES] == sorted(names)
     assert len(NAMES) >= 3
 
 

