@@ -119,10 +119,9 @@ class Transformer(nn.Module):
         return self.encoder.norm(x_BSD)  # type: ignore[no-any-return]
 
     def read(self, tokens_BS: Tensor, segments_BS: Tensor, x_BSD: Tensor | None = None) -> Tensor:
-        """Run a decoder-only model over whole rows. Returns (B, S, D), normed.
+        """Run a decoder-only model over whole rows, of several documents maybe.
 
-        Rows may hold several documents. `x_BSD` is read instead of the embeddings of the tokens,
-        where it is given.
+        `x_BSD`: as for `encode`. Returns (B, S, D), normed.
         """
         x_BSD, _ = _run(self._read_layers(tokens_BS, segments_BS, x_BSD, keeps=False))
         return self.decoder.norm(x_BSD)  # type: ignore[no-any-return]
@@ -130,9 +129,9 @@ class Transformer(nn.Module):
     def go_on_layers(
         self, tokens_BS: Tensor, segments_BS: Tensor, past: Past
     ) -> Generator[None, None, Tensor]:
-        """Read on after a context, layer by layer. Returns the context of what is new.
+        """Read on after a context, layer by layer, not in invariant mode; one document per row.
 
-        For one document per row, and not in invariant mode.
+        Returns the context of what is new.
         """
         _, context_BSW = yield from self._read_layers(tokens_BS, segments_BS, None, past)
         return context_BSW
