@@ -382,9 +382,8 @@ def step_rows(model: Transformer) -> int:
 def set_invariant(model: Transformer) -> None:
     """Let every later result of a row be the same bit for bit, alone and in any batch.
 
-    Products are computed in tiles of fixed numbers of rows, attention at each row's own length. A
-    T5 of 248 million parameters in bf16 takes 1.4, 1.3 and 1.3 times as long with 1, 8 and 32 rows
-    (one thread, packed weights; `infmoe bench-engine --invariant`).
+    Sweeps are computed in tiles of fixed numbers of rows, as are steps without kernels; attention
+    at each row's own length. `infmoe bench-engine --invariant` tells what it costs.
     """
     model.is_invariant = True
     stacks = [(model.decoder, step_rows(model))]
