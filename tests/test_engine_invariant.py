@@ -25,6 +25,7 @@ from engine.model.packed import can_pack, pack_linears
 from engine.model.spans import make_spans, round_up_keys
 from engine.model.tiles import in_tiles, in_vectors
 from engine.model.transformer import set_invariant
+from engine.prepare import prepare
 from engine.prompt import build_request
 from engine.random_model import write_random_model
 from engine.request import Failed, Finished, Piece, Request, SamplingParams
@@ -45,14 +46,18 @@ CONFIGS = {
 KINDS = [
     *((name, dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)),
     *(("packed", dtype) for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)),
+    *((f"served {name}", dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 
 @cache
 def invariant_model(name, dtype):
-    model = tiny_model(CONFIGS.get(name, DENSE), seed=5).to(dtype)
+    config = CONFIGS.get(name.removeprefix("served "), DENSE)
+    model = tiny_model(config, seed=5).to(dtype)
     if name == "packed":
         pack_linears(model, Linear)
+    if name.startswith("served "):
+        prepare(model)
     set_invariant(model)
     return model
 
@@ -106,6 +111,7 @@ def test_with_offloaded_experts(tmp_path, quantization):
     write_random_model(tmp_path / "m", WIDE, torch.bfloat16, quantization=quantization)
     slot_bytes = read_storage(tmp_path / "m").slot_bytes
     model, experts = load_offloaded(tmp_path / "m", None, 8 * slot_bytes)
+    prepare(model)
     set_invariant(model)
     plans = [("abc a" * (3 * number % 16 + 1), 4, number // 2) for number in range(9)]
     with experts:
@@ -113,9 +119,10 @@ def test_with_offloaded_experts(tmp_path, quantization):
         assert experts.stats.misses
 
 
-def test_a_row_of_many_at_different_positions():
+@pytest.mark.parametrize("name", ["dense", "served dense"])
+def test_a_row_of_many_at_different_positions(name):
     """Lengths on both sides of what keys are rounded up to, and more rows than a tile has."""
-    model = invariant_model("dense", torch.float32)
+    model = invariant_model(name, torch.float32)
     lengths = [1, 2, 63, 64, 65, 66, 90, *range(3, 20)]
     with torch.inference_mode():
         cache_all, rows = RowCache(model), []

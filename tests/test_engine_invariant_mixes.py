@@ -17,6 +17,7 @@ from engine.generation import generate
 from engine.model.layers import Linear
 from engine.model.packed import can_pack, pack_linears
 from engine.model.transformer import set_invariant
+from engine.prepare import prepare
 from engine.prompt import build_request
 from engine.request import (
     BeamParams,
@@ -43,6 +44,9 @@ CONFIGS = {
 KINDS = [
     *((name, dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)),
     *(("packed", dtype) for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)),
+]
+SERVED = [  # as a server prepares a model: with kernels, where they can be had
+    (f"served {name}", dtype) for name in CONFIGS for dtype in (torch.float32, torch.bfloat16)
 ]
 SAMPLED = {"temperature": 1.5, "ignore_eos": True}
 PARAMS = [  # requests are numbered through it, and through lengths, adapters and blanks
@@ -81,9 +85,12 @@ class Job:
 
 @cache
 def invariant_model(name, dtype):
-    model = tiny_model(CONFIGS.get(name, DENSE), seed=5).to(dtype)
+    config = CONFIGS.get(name.removeprefix("served "), DENSE)
+    model = tiny_model(config, seed=5).to(dtype)
     if name == "packed":
         pack_linears(model, Linear)
+    if name.startswith("served "):
+        prepare(model)
     set_invariant(model)
     return model
 
@@ -169,15 +176,27 @@ PLAN = st.tuples(
 )
 
 
+MIXES = {
+    "plans": st.lists(PLAN, min_size=2, max_size=7),
+    "max_rows": st.integers(2, 7),
+    "sweep": st.sampled_from([40, 200, 1000]),
+    "kept_bytes": st.sampled_from([0, 1 << 20]),
+}
+
+
 @settings(max_examples=500)
-@given(
-    kind=st.sampled_from(KINDS),
-    plans=st.lists(PLAN, min_size=2, max_size=7),
-    max_rows=st.integers(2, 7),
-    sweep=st.sampled_from([40, 200, 1000]),
-    kept_bytes=st.sampled_from([0, 1 << 20]),
-)
+@given(kind=st.sampled_from(KINDS), **MIXES)
 def test_in_a_mix_as_alone_bit_for_bit(kind, plans, max_rows, sweep, kept_bytes):
+    assert_as_alone(kind, plans, max_rows, sweep, kept_bytes)
+
+
+@settings(max_examples=500)
+@given(kind=st.sampled_from(SERVED), **MIXES)
+def test_as_it_is_served_bit_for_bit(kind, plans, max_rows, sweep, kept_bytes):
+    assert_as_alone(kind, plans, max_rows, sweep, kept_bytes)
+
+
+def assert_as_alone(kind, plans, max_rows, sweep, kept_bytes):
     arrivals, cancels, numbers = {}, {}, {}
     for number, turn, cancelled_after in plans:
         job = Job(requests(*kind)[number], [])
