@@ -8,6 +8,7 @@ from engine.checkpoint_tensors import FULL
 from engine.kernels import ops
 from engine.kernels.builder import KINDS
 from engine.kernels.step import StepProgram
+from engine.kernels.sweep import SweepProgram, can_sweep
 from engine.kernels.team import the_team
 from engine.model.transformer import Transformer
 
@@ -28,6 +29,8 @@ def attach_kernels(model: Transformer) -> bool:
         return False
     warm_up()
     model.kernels = StepProgram(model)
+    if can_sweep(model):
+        model.sweep_kernels = SweepProgram(model)
     return True
 
 

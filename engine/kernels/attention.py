@@ -38,7 +38,7 @@ def attend(op: Any, reals: Any, task: int, scratch: int) -> None:
     if not op[ops.A_IS_CROSS]:
         key = heads + 4 * (op[ops.A_HEADS] + head) * width
         place = position * op[ops.A_POSITION_STRIDE]
-        _prepare(op, reals, key, position, op[ops.A_KEY_NORM])
+        prepare_head(op, reals, key, position, op[ops.A_KEY_NORM])
         store(key, width, keys + place, op[ops.KIND])
         store(key + 4 * kv_heads * width, width, values + place, op[ops.KIND])
         end += 1
@@ -46,7 +46,7 @@ def attend(op: Any, reals: Any, task: int, scratch: int) -> None:
     count = end - begin
     for i in range(group):
         query = queries + 4 * i * width
-        _prepare(op, reals, query, position, op[ops.A_QUERY_NORM])
+        prepare_head(op, reals, query, position, op[ops.A_QUERY_NORM])
         numbers = floats(query, width)
         for k in range(width):
             numbers[k] *= np.float32(reals[ops.A_SCALE - ops.REALS])
@@ -61,7 +61,7 @@ def attend(op: Any, reals: Any, task: int, scratch: int) -> None:
 
 
 @compiled
-def _prepare(op: Any, reals: Any, head: int, position: int, norm: int) -> None:
+def prepare_head(op: Any, reals: Any, head: int, position: int, norm: int) -> None:
     """Norm and turn a head, as far as the model does."""
     if norm:
         scale(head, op[ops.A_WIDTH], norm, op[ops.KIND], reals[ops.A_EPS - ops.REALS])

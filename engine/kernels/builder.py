@@ -9,6 +9,7 @@ from engine.kernels import ops
 from engine.kernels.curves import ACTIVATIONS
 from engine.kernels.team import Table, the_team
 from engine.kernels.tiles import DEPTH, ROWS, SUM_BYTES, has_tiles
+from engine.model.attention import SelfAttention
 from engine.model.layers import RMSNorm
 
 KINDS = {torch.bfloat16: ops.BF16, torch.float32: ops.FP32}
@@ -139,12 +140,43 @@ class Builder:
         self.put_norm(row, ops.N_NORM, norm)
         row[ops.N_OUT], row[ops.N_OUT_STRIDE] = self.address(out_RD), 4 * out_RD.stride(0)
 
-    def attention(self, qkv_RI: Tensor, kv_heads: int, out_RI: Tensor) -> Table:
-        """Attention of heads, still without keys and values."""
-        config, row = self.config, self.new(ops.ATTEND)
+    def attention(
+        self, qkv_RI: Tensor, kv_heads: int, out_RI: Tensor, *, code: int = ops.ATTEND
+    ) -> Table:
+        """Attention of heads, or a part of it, still without keys and values."""
+        config, row = self.config, self.new(code)
         row[ops.A_QKV], row[ops.A_QKV_STRIDE] = self.address(qkv_RI), 4 * qkv_RI.stride(0)
         row[ops.A_HEADS], row[ops.A_KV_HEADS] = config.num_heads, kv_heads
         row[ops.A_WIDTH] = config.d_kv
         row[ops.A_OUT], row[ops.A_OUT_STRIDE] = self.address(out_RI), 4 * out_RI.stride(0)
         row[ops.A_SCALE] = real(config.attention_scale)
         return row
+
+    def put_attention(
+        self, row: Table, layer: SelfAttention, index: int, turns: Tensor | None
+    ) -> None:
+        """What is special of a layer's attention: norms of heads, turns, its window, sinks."""
+        config = self.config
+        if config.query_key_norm == "head":
+            row[ops.A_QUERY_NORM] = self.address(layer.query_norm.weight)
+            row[ops.A_KEY_NORM] = self.address(layer.key_norm.weight)
+            row[ops.A_EPS] = real(config.norm_eps)
+        if turns is not None:
+            cosines, sines = turns
+            row[ops.A_COS], row[ops.A_SIN] = self.address(cosines), self.address(sines)
+            row[ops.A_HALF] = cosines.shape[1]
+        if config.windows:
+            row[ops.A_WINDOW] = config.windows[index]
+        if config.attention_sinks:
+            row[ops.A_SINKS] = self.address(layer.sinks)
+
+    def width_fix(self, qkv: Tensor, layer: SelfAttention) -> None:
+        """Norms over all queries and over all keys of a row, then bounds."""
+        config, row = self.config, self.new(ops.WIDTH_FIX)
+        row[ops.W_QKV], row[ops.W_QKV_STRIDE] = self.address(qkv), 4 * qkv.stride(0)
+        row[ops.W_QUERIES] = config.num_heads * config.d_kv
+        row[ops.W_KEYS], row[ops.W_ALL] = config.kv_heads * config.d_kv, qkv.shape[1]
+        if config.query_key_norm == "width":
+            row[ops.W_QUERY_NORM] = self.address(layer.query_norm.weight)
+            row[ops.W_KEY_NORM] = self.address(layer.key_norm.weight)
+        row[ops.W_CLIP], row[ops.W_EPS] = real(config.clip_qkv), real(config.norm_eps)

@@ -11,6 +11,7 @@ from engine.kernels.curves import activate
 from engine.kernels.memory import add_stored, floats, words
 from engine.kernels.norms import normalize
 from engine.kernels.products import multiply
+from engine.kernels.tiles import ROWS
 
 
 @compiled
@@ -113,29 +114,37 @@ def group(op: Any, num_rows: int) -> None:
     places = words(op[ops.G_PLACES], num_pairs)
     wanted = words(op[ops.G_IDS_WANTED], num_experts)
     begins = words(op[ops.G_BEGINS], num_experts + 1)
-    found, place = 0, 0
+    starts = words(op[ops.G_STARTS], num_experts + 1)
+    counts = words(op[ops.G_COUNTS], num_experts)
     for expert in range(num_experts):
-        begin = place
-        for pair in range(num_pairs):
-            if ids[pair] == expert:
-                order[place], places[pair] = pair, place
-                place += 1
-        if place > begin:
-            wanted[found], begins[found] = expert, begin
-            found += 1
-    begins[found] = place
+        counts[expert] = 0
+    for pair in range(num_pairs):
+        counts[ids[pair]] += 1
+    found, place, start = 0, 0, 0
+    for expert in range(num_experts):
+        count = counts[expert]
+        counts[expert] = place  # from here on where its next pair goes
+        if count:
+            wanted[found], begins[found], starts[found] = expert, place, start
+            found, place, start = found + 1, place + count, start + (count + ROWS - 1) // ROWS
+    begins[found], starts[found] = place, start
+    for pair in range(num_pairs):
+        place = counts[ids[pair]]
+        order[place], places[pair] = pair, place
+        counts[ids[pair]] = place + 1
     words(op[ops.G_WANTED], 1)[0] = found
 
 
 @compiled
-def _last_wanted(op: Any) -> Any:
+def last_wanted(op: Any) -> Any:
+    """Behind the last expert of an operation."""
     return op[ops.M_END] if op[ops.M_END] else words(op[ops.M_WANTED], 1)[0]
 
 
 @compiled
 def gather_tasks(op: Any) -> Any:
     """The number of pairs of the experts of an operation."""
-    end = _last_wanted(op)
+    end = last_wanted(op)
     begins = words(op[ops.M_BEGINS], end + 1)
     return begins[end] - begins[op[ops.M_BEGIN]]
 
@@ -143,7 +152,7 @@ def gather_tasks(op: Any) -> Any:
 @compiled
 def gather(op: Any, reals: Any, task: int) -> None:
     """Copy the row of a pair to its place, normed as the expert does."""
-    end, begin = _last_wanted(op), op[ops.M_BEGIN]
+    end, begin = last_wanted(op), op[ops.M_BEGIN]
     begins = words(op[ops.M_BEGINS], end + 1)
     place = begins[begin] + task
     wanted = begin
@@ -167,7 +176,7 @@ def gather(op: Any, reals: Any, task: int) -> None:
 def expert_tasks(op: Any) -> Any:
     """The number of parts of outputs of the experts of an operation."""
     parts = (op[ops.M_OUTPUTS] + op[ops.M_CHUNK] - 1) // op[ops.M_CHUNK]
-    return (_last_wanted(op) - op[ops.M_BEGIN]) * parts
+    return (last_wanted(op) - op[ops.M_BEGIN]) * parts
 
 
 @compiled

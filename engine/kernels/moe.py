@@ -13,10 +13,18 @@ from engine.config import ModelConfig
 from engine.kernels import ops
 from engine.kernels.builder import CHUNK, TASKS_PER_THREAD, Builder, real
 from engine.kernels.curves import ACTIVATIONS
+from engine.kernels.panel_builder import (
+    Groups,
+    add_feed_forward,
+    add_pack,
+    add_product,
+    make_panels,
+    panel_scratch_bytes,
+)
 from engine.kernels.team import Table, the_team
 from engine.model.layers import FeedForwardWeights, feed_forward
 from engine.model.moe import ExpertSource, MoELayer, ResidentExperts, assign_greedy
-from engine.model.topk import AnyMoE
+from engine.model.topk import AnyMoE, TopKLayer
 
 
 def can_route(layer: AnyMoE) -> bool:
@@ -27,31 +35,59 @@ def can_route(layer: AnyMoE) -> bool:
 
 
 class MixtureBuffers:
-    """What MoE layers make of rows on the way; one layer follows the other."""
+    """What MoE layers make of rows, whichever way experts are multiplied; layer follows layer."""
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         size, width = config.num_experts_per_token, config.d_model
         pairs, experts = rows * size, config.num_experts
+
+        def whole(count: int) -> Tensor:
+            return torch.zeros(count, dtype=torch.int64)
+
         self.normed = torch.zeros(rows, width)
-        self.ids = torch.zeros(pairs, dtype=torch.int64)
+        self.ids, self.order, self.places = whole(pairs), whole(pairs), whole(pairs)
         self.gates = torch.zeros(pairs)
-        self.num_wanted = torch.zeros(1, dtype=torch.int64)
-        self.wanted = torch.zeros(experts, dtype=torch.int64)
-        self.begins = torch.zeros(experts + 1, dtype=torch.int64)
-        self.order = torch.zeros(pairs, dtype=torch.int64)
-        self.places = torch.zeros(pairs, dtype=torch.int64)
-        self.gathered = torch.zeros(pairs, width)
-        self.hidden = torch.zeros(pairs, config.expert_width)
-        self.gate = torch.zeros(pairs, config.expert_width)
+        self.groups = Groups(
+            whole(1), whole(experts), whole(experts + 1), whole(experts + 1), self.order, size
+        )
+        self.counts = whole(experts)
         self.outs = torch.zeros(pairs, width)
         self.shared = torch.zeros(rows, width)
-        self.shared_hidden = torch.zeros(rows, config.shared_d_ff)
-        self.shared_gate = torch.zeros(rows, config.shared_d_ff)
         self.shared_gates = torch.zeros(rows)
 
 
+class StepBuffers(MixtureBuffers):
+    """The same, and what becomes of rows on the way."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        super().__init__(config, rows)
+        pairs = rows * config.num_experts_per_token
+        self.gathered = torch.zeros(pairs, config.d_model)
+        self.hidden = torch.zeros(pairs, config.expert_width)
+        self.gate = torch.zeros(pairs, config.expert_width)
+        self.shared_hidden = torch.zeros(rows, config.shared_d_ff)
+        self.shared_gate = torch.zeros(rows, config.shared_d_ff)
+
+
+class SweepBuffers(MixtureBuffers):
+    """The same, and panels of pairs, and of rows for the expert that all go through."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        super().__init__(config, rows)
+        pairs, experts = rows * config.num_experts_per_token, config.num_experts
+        self.gathered = make_panels(pairs, config.d_model, experts)
+        self.hidden = make_panels(pairs, config.expert_width, experts)
+        self.shared_input = make_panels(rows if config.shared_d_ff else 0, config.d_model)
+        self.shared_hidden = make_panels(rows if config.shared_d_ff else 0, config.shared_d_ff)
+
+
 class Mixture:
-    """One MoE layer. The choice of experts is added to a program at once."""
+    """One MoE layer. The choice of experts is added to a program at once.
+
+    How experts are multiplied is left to `add_parts` and `add_shared`.
+    """
+
+    scratch_bytes = 0  # that a part needs
 
     def __init__(
         self, builder: Builder, layer: AnyMoE, buffers: MixtureBuffers, x_RD: Tensor
@@ -67,11 +103,13 @@ class Mixture:
         row[ops.G_EXPERTS] = self._config.num_experts
         for column, tensor in (
             (ops.G_IDS, buffers.ids),
-            (ops.G_WANTED, buffers.num_wanted),
-            (ops.G_IDS_WANTED, buffers.wanted),
-            (ops.G_BEGINS, buffers.begins),
+            (ops.G_WANTED, buffers.groups.num_wanted),
+            (ops.G_IDS_WANTED, buffers.groups.wanted),
+            (ops.G_BEGINS, buffers.groups.begins),
             (ops.G_ORDER, buffers.order),
             (ops.G_PLACES, buffers.places),
+            (ops.G_STARTS, buffers.groups.starts),
+            (ops.G_COUNTS, buffers.counts),
         ):
             row[column] = builder.address(tensor)
 
@@ -102,37 +140,13 @@ class Mixture:
             row[ops.R_SHARED_GATE] = builder.address(layer.shared_gate.weight)
             row[ops.R_SHARED] = builder.address(buffers.shared_gates)
 
-    def _part(self, code: int, x: Tensor, out: Tensor) -> Table:
-        """An operation on the wanted experts."""
-        row, builder, buffers = self._builder.new(code), self._builder, self._buffers
-        row[ops.M_WANTED] = builder.address(buffers.num_wanted)
-        row[ops.M_IDS_WANTED] = builder.address(buffers.wanted)
-        row[ops.M_BEGINS] = builder.address(buffers.begins)
-        row[ops.M_ORDER] = builder.address(buffers.order)
-        row[ops.M_PER_ROW] = self._config.num_experts_per_token
-        row[ops.M_WEIGHTS] = builder.address(self._weights)
-        row[ops.M_X], row[ops.M_X_STRIDE] = builder.address(x), 4 * x.stride(0)
-        row[ops.M_LENGTH], row[ops.M_OUTPUTS] = x.shape[1], out.shape[1]
-        row[ops.M_OUT] = builder.address(out)
-        tasks = the_team().threads * TASKS_PER_THREAD // self._config.num_experts_per_token
-        chunk = out.shape[1] // max(tasks, 1) // CHUNK * CHUNK
-        row[ops.M_CHUNK] = max(chunk, CHUNK)
-        row[ops.M_EPS] = real(self._config.norm_eps)
-        return row
+    def add_parts(self) -> None:
+        """Add rows to their places, and both halves of experts."""
+        raise NotImplementedError
 
-    def _add_parts(self) -> None:
-        """Rows to their places, and both halves of experts."""
-        config, buffers = self._config, self._buffers
-        names = ops.EXPERT_WEIGHTS
-        self._part(ops.GATHER, self._input, buffers.gathered)
-        row = self._part(ops.EXPERT, buffers.gathered, buffers.hidden)
-        row[ops.M_MATRIX], row[ops.M_BIAS] = names.index("wi_0"), names.index("bi_0")
-        row[ops.M_ACTIVATION] = ACTIVATIONS.index(config.activation) + 1
-        if config.gated:
-            row[ops.M_GATE], row[ops.M_GATE_BIAS] = names.index("wi_1"), names.index("bi_1")
-            row[ops.M_GATE_OUT] = self._builder.address(buffers.gate)
-        row = self._part(ops.EXPERT, buffers.hidden, buffers.outs)
-        row[ops.M_MATRIX], row[ops.M_BIAS] = names.index("wo"), names.index("bo")
+    def add_shared(self, layer: TopKLayer) -> None:
+        """Add the expert that all rows go through."""
+        raise NotImplementedError
 
     def add_experts(self, experts: ResidentExperts) -> None:
         """Let the program compute experts that are in memory."""
@@ -142,12 +156,12 @@ class Mixture:
                 stacked = tensors[name]  # type: ignore[index]
                 base, size = self._builder.address(stacked), stacked[0].nbytes
                 self._weights[:, column] = base + size * torch.arange(len(stacked))
-        self._add_parts()
+        self.add_parts()
 
     def make_stop(self, experts: ExpertSource) -> Callable[[int], None]:
         """What computes the experts of a number of rows as they are lent, at this place."""
         own, self._builder = self._builder, self._builder.beside()
-        self._add_parts()
+        self.add_parts()
         table, own.kept = self._builder.table(), own.kept + self._builder.kept
         self._builder = own
 
@@ -158,8 +172,9 @@ class Mixture:
 
     def _borrow(self, experts: ExpertSource, table: Table, rows: int) -> None:
         layer, buffers = self._layer, self._buffers
-        count = int(buffers.num_wanted[0])
-        wanted, begins = buffers.wanted[:count].tolist(), buffers.begins[: count + 1].tolist()
+        groups = buffers.groups
+        count = int(groups.num_wanted[0])
+        wanted, begins = groups.wanted[:count].tolist(), groups.begins[: count + 1].tolist()
         sizes = {expert: begins[i + 1] - begins[i] for i, expert in enumerate(wanted)}
         places = {expert: i for i, expert in enumerate(wanted)}
         experts.foresee(layer.name, self._x[:rows].to(layer_dtype(layer)))
@@ -169,7 +184,7 @@ class Mixture:
             if isinstance(weights.wi_0, Tensor):
                 self._point(expert, weights)
                 table[:, ops.M_BEGIN], table[:, ops.M_END] = place, place + 1
-                the_team().run(table, rows, 0)
+                the_team().run(table, rows, self.scratch_bytes)
             else:
                 begin, end = begins[place], begins[place + 1]
                 rows_R = buffers.order[begin:end] // self._config.num_experts_per_token
@@ -186,19 +201,8 @@ class Mixture:
         """Add what experts made to each row, and the expert that all rows go through."""
         config, builder, buffers, layer = self._config, self._builder, self._buffers, self._layer
         if config.shared_d_ff:
-            assert not isinstance(layer, MoELayer)
-            shared = layer.shared
-            gate = None
-            if config.gated:
-                gate = (shared.wi_1.weight, None, buffers.shared_gate)
-            builder.product(
-                buffers.normed,
-                shared.wi_0.weight,
-                buffers.shared_hidden,
-                activation=config.activation,
-                gate=gate,
-            )
-            builder.linear(buffers.shared_hidden, shared.wo, buffers.shared)
+            assert isinstance(layer, TopKLayer)
+            self.add_shared(layer)
         row = builder.new(ops.COMBINE)
         row[ops.C_X], row[ops.C_X_STRIDE] = builder.address(self._x), 4 * self._x.stride(0)
         row[ops.C_LENGTH], row[ops.C_PER_ROW] = config.d_model, config.num_experts_per_token
@@ -209,6 +213,109 @@ class Mixture:
             row[ops.C_SHARED] = builder.address(buffers.shared)
         if config.shared_gate:
             row[ops.C_SHARED_GATES] = builder.address(buffers.shared_gates)
+
+
+class StepMixture(Mixture):
+    """Experts of a few rows each, by vectors."""
+
+    def __init__(self, builder: Builder, layer: AnyMoE, buffers: StepBuffers, x_RD: Tensor) -> None:
+        super().__init__(builder, layer, buffers, x_RD)
+        self._own = buffers
+
+    def _part(self, code: int, x: Tensor, out: Tensor) -> Table:
+        """An operation on the wanted experts."""
+        row, builder, groups = self._builder.new(code), self._builder, self._own.groups
+        row[ops.M_WANTED] = builder.address(groups.num_wanted)
+        row[ops.M_IDS_WANTED] = builder.address(groups.wanted)
+        row[ops.M_BEGINS] = builder.address(groups.begins)
+        row[ops.M_ORDER], row[ops.M_PER_ROW] = builder.address(groups.order), groups.per_row
+        row[ops.M_WEIGHTS] = builder.address(self._weights)
+        row[ops.M_X], row[ops.M_X_STRIDE] = builder.address(x), 4 * x.stride(0)
+        row[ops.M_LENGTH], row[ops.M_OUTPUTS] = x.shape[1], out.shape[1]
+        row[ops.M_OUT] = builder.address(out)
+        tasks = the_team().threads * TASKS_PER_THREAD // self._config.num_experts_per_token
+        chunk = out.shape[1] // max(tasks, 1) // CHUNK * CHUNK
+        row[ops.M_CHUNK] = max(chunk, CHUNK)
+        row[ops.M_EPS] = real(self._config.norm_eps)
+        return row
+
+    def add_parts(self) -> None:
+        """Add rows to their places, and both halves of experts."""
+        config, buffers = self._config, self._own
+        names = ops.EXPERT_WEIGHTS
+        self._part(ops.GATHER, self._input, buffers.gathered)
+        row = self._part(ops.EXPERT, buffers.gathered, buffers.hidden)
+        row[ops.M_MATRIX], row[ops.M_BIAS] = names.index("wi_0"), names.index("bi_0")
+        row[ops.M_ACTIVATION] = ACTIVATIONS.index(config.activation) + 1
+        if config.gated:
+            row[ops.M_GATE], row[ops.M_GATE_BIAS] = names.index("wi_1"), names.index("bi_1")
+            row[ops.M_GATE_OUT] = self._builder.address(buffers.gate)
+        row = self._part(ops.EXPERT, buffers.hidden, buffers.outs)
+        row[ops.M_MATRIX], row[ops.M_BIAS] = names.index("wo"), names.index("bo")
+
+    def add_shared(self, layer: TopKLayer) -> None:
+        """Add the expert that all rows go through."""
+        builder, buffers, shared, gate = self._builder, self._own, layer.shared, None
+        if self._config.gated:
+            gate = (shared.wi_1.weight, None, buffers.shared_gate)
+        builder.product(
+            buffers.normed,
+            shared.wi_0.weight,
+            buffers.shared_hidden,
+            activation=self._config.activation,
+            gate=gate,
+        )
+        builder.linear(buffers.shared_hidden, shared.wo, buffers.shared)
+
+
+class SweepMixture(Mixture):
+    """Experts of many rows, by panels; for the one of all rows, these are one group."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        layer: AnyMoE,
+        buffers: SweepBuffers,
+        x_RD: Tensor,
+        all_rows: Groups,
+    ) -> None:
+        self._own, self._all_rows = buffers, all_rows
+        self.scratch_bytes = panel_scratch_bytes(layer.config.d_model)
+        super().__init__(builder, layer, buffers, x_RD)
+
+    def add_parts(self) -> None:
+        """Add rows to their places, and both halves of experts."""
+        config, buffers, builder, weights = self._config, self._own, self._builder, self._weights
+        groups = buffers.groups
+        add_pack(builder, groups, self._input, buffers.gathered, weights=weights)
+        builder.rows[-1][ops.M_EPS] = real(config.norm_eps)
+        add_product(
+            builder,
+            groups,
+            buffers.gathered,
+            weights,
+            ("wi_0", "bi_0"),
+            buffers.hidden,
+            how=ops.PACKS,
+            gate=("wi_1", "bi_1") if config.gated else None,
+            activation=config.activation,
+        )
+        names = ("wo", "bo")
+        add_product(builder, groups, buffers.hidden, weights, names, buffers.outs, how=ops.WRITES)
+
+    def add_shared(self, layer: TopKLayer) -> None:
+        """Add the expert that all rows go through."""
+        builder, buffers, rows = self._builder, self._own, self._all_rows
+        add_pack(builder, rows, buffers.normed, buffers.shared_input)
+        add_feed_forward(
+            builder,
+            rows,
+            buffers.shared_input,
+            layer.shared,
+            buffers.shared_hidden,
+            buffers.shared,
+            how=ops.WRITES,
+        )
 
 
 def layer_dtype(layer: AnyMoE) -> torch.dtype:

@@ -4,9 +4,10 @@ Addresses are those of the process, strides are in bytes. Unless it says otherwi
 fp32; weights and what caches hold are of the `KIND` of the operation.
 """
 
-COLUMNS, REALS = 32, 29
+COLUMNS, REALS = 40, 37
 
 PRODUCT, ATTEND, NORM, WIDTH_FIX, ROUTE, GROUP, GATHER, EXPERT, COMBINE = range(9)  # column 0
+PACK, PANEL_PRODUCT, KEEP, LOOK = range(9, 13)  # of sweeps
 
 KIND, TASKS = 1, 2
 BF16, FP32 = 0, 1
@@ -60,7 +61,17 @@ P_EPS = REALS
     A_RELATIVE,  # bias by distance, (heads, distances)
     A_RELATIVE_STRIDE,
     A_IS_CROSS,  # keys and values are there already
-) = range(3, 26)
+    # of sweeps, where `A_KEYS` are (heads, slots, width), `A_VALUES` (heads, width, slots)
+    A_SLOTS,
+    A_SEQUENCES,  # a row of `SEQUENCE` columns for each
+    A_BLOCKS,  # (blocks, 2): a sequence, and the position or query at which a block of it begins
+    A_NUM_BLOCKS,
+    A_CONTEXT,  # where the keys of a layer are in what is kept of a position, values behind them
+) = range(3, 31)
+# row of its first query; positions of the past, of what is new; first slot; where what is kept
+# of new and past positions begins, 0 for none
+Q_ROW, Q_PAST, Q_LENGTH, Q_SLOT, Q_CONTEXT, Q_PAST_AT = range(6)
+SEQUENCE = 6
 A_SCALE, A_EPS = REALS, REALS + 1
 
 N_X, N_X_STRIDE, N_LENGTH, N_NORM, N_WEIGHT, N_BIAS, N_OUT, N_OUT_STRIDE = range(3, 11)
@@ -95,8 +106,20 @@ R_EPS, R_SCALE = REALS, REALS + 1
 FIRST, SIGMOID_FIRST, SOFTMAX, SIGMOID = range(4)  # ROUTERS: the best one alone, or several
 
 # Where pairs of rows and experts stand, all of int64: how many experts are wanted; which; where
-# the pairs of each begin; the pairs in that order; the place of each pair.
-G_IDS, G_PER_ROW, G_EXPERTS, G_WANTED, G_IDS_WANTED, G_BEGINS, G_ORDER, G_PLACES = range(3, 11)
+# the pairs of each begin; the pairs in that order; the place of each pair; where the panels of 16
+# pairs of each begin; room for a number per expert.
+(
+    G_IDS,
+    G_PER_ROW,
+    G_EXPERTS,
+    G_WANTED,
+    G_IDS_WANTED,
+    G_BEGINS,
+    G_ORDER,
+    G_PLACES,
+    G_STARTS,
+    G_COUNTS,
+) = range(3, 13)
 
 # of wanted experts M_BEGIN .. M_END - 1, or of all if M_END is 0
 (
@@ -120,8 +143,16 @@ G_IDS, G_PER_ROW, G_EXPERTS, G_WANTED, G_IDS_WANTED, G_BEGINS, G_ORDER, G_PLACES
     M_BIAS,
     M_GATE,
     M_GATE_BIAS,
-) = range(3, 23)
+    # of sweeps; M_ORDER may be 0: rows as they stand
+    M_STARTS,
+    M_NORM,  # as P_NORM: kind, weight, bias; else an expert's own
+    M_NORM_WEIGHT,
+    M_NORM_BIAS,
+    M_OUT_STRIDE,
+    M_HOW,  # of the HOWS
+) = range(3, 29)
 M_EPS = REALS
+WRITES, ADDS, PACKS = range(3)  # HOWS: to rows, to what is in rows, to panels for the next product
 EXPERT_WEIGHTS = ("", "norm", "wi_0", "wi_1", "wo", "bi_0", "bi_1", "bo")
 WEIGHTS = len(EXPERT_WEIGHTS)
 NORM_WEIGHT = 1

@@ -33,7 +33,9 @@ from engine.kernels.mixture import (
     run_expert,
 )
 from engine.kernels.norms import normalize, scale
+from engine.kernels.panels import multiply_panels, pack_panel, panel_product_tasks, panel_tasks
 from engine.kernels.products import multiply
+from engine.kernels.sweep_attention import keep, look
 from engine.kernels.tiles import ROWS, SUM_BYTES, multiply_in_tiles, pack
 
 # Words that threads share, each in a line of memory of its own.
@@ -164,7 +166,28 @@ def _num_tasks(op: Any, num_rows: int) -> Any:
         return gather_tasks(op)
     if op[0] == ops.EXPERT:
         return expert_tasks(op)
+    if op[0] == ops.PACK:
+        return panel_tasks(op)
+    if op[0] == ops.PANEL_PRODUCT:
+        return panel_product_tasks(op)
+    if op[0] == ops.KEEP:
+        return op[ops.A_NUM_BLOCKS]
+    if op[0] == ops.LOOK:
+        return op[ops.A_NUM_BLOCKS] * op[ops.A_HEADS]
     return num_rows
+
+
+@merged
+def _run_sweep_task(op: Any, reals: Any, task: int, scratch: int) -> None:
+    code = op[0]
+    if code == ops.PACK:
+        pack_panel(op, reals, task, scratch)
+    elif code == ops.PANEL_PRODUCT:
+        multiply_panels(op, task, scratch)
+    elif code == ops.KEEP:
+        keep(op, reals, task)
+    else:
+        look(op, task, scratch)
 
 
 @merged
@@ -184,8 +207,10 @@ def _run_task(op: Any, reals: Any, task: int, num_rows: int, scratch: int) -> No
         gather(op, reals, task)
     elif code == ops.EXPERT:
         run_expert(op, task)
-    else:
+    elif code == ops.COMBINE:
         combine(op, task)
+    else:
+        _run_sweep_task(op, reals, task, scratch)
 
 
 @merged

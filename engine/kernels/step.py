@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.kernels import ops
-from engine.kernels.builder import Builder, real
-from engine.kernels.moe import Mixture, MixtureBuffers, can_route
+from engine.kernels.builder import Builder
+from engine.kernels.moe import StepBuffers, StepMixture, can_route
 from engine.kernels.team import the_team
 from engine.kernels.tiles import has_tiles, has_wide_vectors
 from engine.model.attention import CrossAttention, SelfAttention
@@ -163,7 +163,7 @@ class StepProgram:
         self._cross: list[int] = []
         self._places: dict[int, tuple[object, ...]] = {}
         self._stops: list[tuple[int, Callable[[int], None] | None]] = []
-        mixtures = MixtureBuffers(config, rows) if config.num_experts else None
+        mixtures = StepBuffers(config, rows) if config.num_experts else None
         for index, block in enumerate(model.decoder.blocks()):
             assert isinstance(block.self_attention, SelfAttention)  # see attach_kernels
             self._add_self_attention(block.self_attention, index)
@@ -189,36 +189,14 @@ class StepProgram:
         config, buffers, builder = self._config, self._buffers, self._builder
         builder.linear(buffers.x, layer.qkv, buffers.qkv, norm=layer.norm)
         if config.query_key_norm == "width" or config.clip_qkv:
-            self._add_width_fix(layer)
+            builder.width_fix(buffers.qkv, layer)
         self._own.append(len(builder))
         row = builder.attention(buffers.qkv, config.kv_heads, buffers.mixed)
-        if config.query_key_norm == "head":
-            row[ops.A_QUERY_NORM] = builder.address(layer.query_norm.weight)
-            row[ops.A_KEY_NORM] = builder.address(layer.key_norm.weight)
-            row[ops.A_EPS] = real(config.norm_eps)
-        if self._turns is not None:
-            cosines, sines = self._turns
-            row[ops.A_COS], row[ops.A_SIN] = builder.address(cosines), builder.address(sines)
-            row[ops.A_HALF] = cosines.shape[1]
-        if config.windows:
-            row[ops.A_WINDOW] = config.windows[index]
-        if config.attention_sinks:
-            row[ops.A_SINKS] = builder.address(layer.sinks)
+        builder.put_attention(row, layer, index, self._turns)
         if self._relative is not None:
             row[ops.A_RELATIVE] = builder.address(self._relative)
             row[ops.A_RELATIVE_STRIDE] = 4 * self._positions
         builder.linear(buffers.mixed, layer.out, buffers.x, adds=True)
-
-    def _add_width_fix(self, layer: SelfAttention) -> None:
-        config, builder, qkv = self._config, self._builder, self._buffers.qkv
-        row = builder.new(ops.WIDTH_FIX)
-        row[ops.W_QKV], row[ops.W_QKV_STRIDE] = qkv.data_ptr(), 4 * qkv.stride(0)
-        row[ops.W_QUERIES] = config.num_heads * config.d_kv
-        row[ops.W_KEYS], row[ops.W_ALL] = config.kv_heads * config.d_kv, qkv.shape[1]
-        if config.query_key_norm == "width":
-            row[ops.W_QUERY_NORM] = builder.address(layer.query_norm.weight)
-            row[ops.W_KEY_NORM] = builder.address(layer.key_norm.weight)
-        row[ops.W_CLIP], row[ops.W_EPS] = real(config.clip_qkv), real(config.norm_eps)
 
     def _add_cross_attention(self, layer: CrossAttention) -> None:
         buffers, builder = self._buffers, self._builder
@@ -228,14 +206,14 @@ class StepProgram:
         row[ops.A_IS_CROSS], row[ops.A_LENGTHS] = 1, builder.address(buffers.sources)
         builder.linear(buffers.mixed, layer.out, buffers.x, adds=True)
 
-    def _add_mixture(self, layer: AnyMoE, buffers: MixtureBuffers) -> None:
+    def _add_mixture(self, layer: AnyMoE, buffers: StepBuffers) -> None:
         """Experts in memory are computed by the program, others at a stop of it."""
         experts, x_RD = self._model.experts, self._buffers.x
         assert experts is not None
         if not can_route(layer):
             self._stops.append((len(self._builder), partial(self._run_layer, layer)))
             return
-        mixture = Mixture(self._builder, layer, buffers, x_RD)
+        mixture = StepMixture(self._builder, layer, buffers, x_RD)
         if isinstance(experts, ResidentExperts):
             mixture.add_experts(experts)
         else:

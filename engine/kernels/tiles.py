@@ -22,7 +22,6 @@ from engine.kernels.vectors import (
     F32,
     I8,
     I32,
-    I64,
     VECTOR,
     Loop,
     ask_ahead,
@@ -55,38 +54,41 @@ def has_wide_vectors() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512f"))
 
 
-def _call(builder: ir.IRBuilder, name: str, *arguments: Any) -> None:
+def call(builder: ir.IRBuilder, name: str, *arguments: Any) -> None:
+    """Call an instruction of this kind of processor."""
     function = declare(
         builder, f"llvm.x86.{name}", ir.VoidType(), *(value.type for value in arguments)
     )
     builder.call(function, arguments)
 
 
-def _tile(index: int) -> ir.Constant:
+def tile_number(index: int) -> ir.Constant:
+    """A tile, as instructions name it."""
     return ir.Constant(I8, index)
 
 
-def _pointer(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+def pointer_to(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+    """The pointer to a place, as instructions take it."""
     return builder.inttoptr(builder.add(address, offset), I8.as_pointer())
 
 
 @inlined
-def _configure(_context: Any, address: Any) -> tuple[Any, Any]:
+def configure(_context: Any, address: Any) -> tuple[Any, Any]:
     """Set the shapes of tiles, from 64 bytes."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-        _call(builder, "ldtilecfg", _pointer(builder, arguments[0], number(0)))
+        call(builder, "ldtilecfg", pointer_to(builder, arguments[0], number(0)))
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
 
 
 @inlined
-def _release(_context: Any) -> tuple[Any, Any]:
+def release(_context: Any) -> tuple[Any, Any]:
     """Give the tiles up."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: Any, __: Any) -> Any:
-        _call(builder, "tilerelease")
+        call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -104,26 +106,26 @@ def _make_sums(num_groups: int) -> Any:
     def sums(_context: Any, x: Any, w: Any, ws: Any, out: Any, depth: Any) -> tuple[Any, Any]:
         def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
             x, w, ws, out, depth = arguments
-            matrix = _tile(2 * num_groups)
+            matrix = tile_number(2 * num_groups)
             for i in range(num_groups):
-                _call(builder, "tilezero", _tile(i))
+                call(builder, "tilezero", tile_number(i))
             group = builder.mul(depth, number(TILE_BYTES))
             loop = Loop(builder, number(0), [])
             loop.begin(builder.sub(depth, number(1)))
             offset = builder.mul(loop.index, number(2 * DEPTH))
-            _call(builder, "tileloadd64", matrix, _pointer(builder, w, offset), ws)
+            call(builder, "tileloadd64", matrix, pointer_to(builder, w, offset), ws)
             for i in range(num_groups):
                 here = builder.add(x, builder.mul(group, number(i)))
-                place = _pointer(builder, here, builder.mul(loop.index, number(TILE_BYTES)))
-                _call(builder, "tileloadd64", _tile(num_groups + i), place, number(2 * DEPTH))
-                _call(builder, "tdpbf16ps", _tile(i), matrix, _tile(num_groups + i))
+                place = pointer_to(builder, here, builder.mul(loop.index, number(TILE_BYTES)))
+                call(builder, "tileloadd64", tile_number(num_groups + i), place, number(2 * DEPTH))
+                call(builder, "tdpbf16ps", tile_number(i), matrix, tile_number(num_groups + i))
             for row in range(OUTPUTS):
                 ahead = builder.add(w, builder.mul(ws, number(OUTPUTS + row)))
                 ask_ahead(builder, ahead, offset)
             loop.close(1, [])
             for i in range(num_groups):
-                place = _pointer(builder, out, number(TILE_BYTES * i))
-                _call(builder, "tilestored64", _tile(i), place, number(4 * ROWS))
+                place = pointer_to(builder, out, number(TILE_BYTES * i))
+                call(builder, "tilestored64", tile_number(i), place, number(4 * ROWS))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -152,28 +154,44 @@ def _transposed(builder: ir.IRBuilder, rows: list[Any]) -> list[Any]:
     return rows
 
 
-def _rounded_pairs(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
-    """32 numbers of fp32 as 16 pairs of bf16: the nearest, the even one of two; NaN stays."""
-    wide, pairs = ir.VectorType(I32, DEPTH), ir.VectorType(I64, DEPTH // 2)
-    some = ir.VectorType(F32, DEPTH)
+def _nearest(builder: ir.IRBuilder, numbers: Any) -> Any:
+    """The bits of fp32 whose upper half is the nearest bf16, the even one of two; NaN stays."""
+    lanes = numbers.type.count
+    wide = ir.VectorType(I32, lanes)
 
     def all_of(value: int) -> ir.Constant:
-        return ir.Constant(wide, [value] * DEPTH)
+        return ir.Constant(wide, [value] * lanes)
 
-    numbers = builder.load(at(builder, address, offset, some))
-    numbers.align = 4
     bits = builder.bitcast(numbers, wide)
     even = builder.and_(builder.lshr(bits, all_of(16)), all_of(1))
     nearest = builder.add(builder.add(bits, all_of(0x7FFF)), even)
     is_number = builder.fcmp_ordered("ord", numbers, numbers)
-    nearest = builder.bitcast(builder.select(is_number, nearest, all_of(0x7FC00000)), pairs)
+    return builder.select(is_number, nearest, all_of(0x7FC00000))
 
-    def shifted(count: int, mask: int) -> Any:
-        moved = builder.lshr(nearest, ir.Constant(pairs, [count] * (DEPTH // 2)))
-        return builder.and_(moved, ir.Constant(pairs, [mask] * (DEPTH // 2)))
 
-    together = builder.or_(shifted(16, 0xFFFF), shifted(32, 0xFFFF0000))
-    return builder.trunc(together, ir.VectorType(I32, DEPTH // 2))
+def rounded_pairs(builder: ir.IRBuilder, low: Any, high: Any) -> Any:
+    """Pairs of bf16 of two vectors of fp32."""
+    wide = ir.VectorType(I32, low.type.count)
+    upper = ir.Constant(wide, [0xFFFF0000] * low.type.count)
+    first = builder.lshr(_nearest(builder, low), ir.Constant(wide, [16] * low.type.count))
+    return builder.or_(first, builder.and_(_nearest(builder, high), upper))
+
+
+def _neighbours(builder: ir.IRBuilder, address: Any, offset: Any) -> Any:
+    """32 numbers of fp32 as 16 pairs of bf16."""
+    some = ir.VectorType(F32, DEPTH)
+    numbers = builder.load(at(builder, address, offset, some))
+    numbers.align = 4
+    nowhere = ir.Constant(some, ir.Undefined)
+    low, high = (
+        builder.shuffle_vector(
+            numbers,
+            nowhere,
+            ir.Constant(ir.VectorType(I32, DEPTH // 2), list(range(half, DEPTH, 2))),
+        )
+        for half in range(2)
+    )
+    return rounded_pairs(builder, low, high)
 
 
 @inlined
@@ -186,7 +204,7 @@ def _pack_tile(_context: Any, x: Any, xs: Any, last: Any, out: Any) -> tuple[Any
         for i in range(ROWS):
             is_there = builder.icmp_signed("<=", number(i), last)
             row = builder.select(is_there, number(i), last)
-            rows.append(_rounded_pairs(builder, x, builder.mul(row, xs)))
+            rows.append(_neighbours(builder, x, builder.mul(row, xs)))
         for i, pairs in enumerate(_transposed(builder, rows)):
             place = at(builder, out, number(2 * DEPTH * i), pairs.type)
             builder.store(pairs, place).align = 4
@@ -196,7 +214,7 @@ def _pack_tile(_context: Any, x: Any, xs: Any, last: Any, out: Any) -> tuple[Any
 
 
 @inlined
-def _put_tile(_context: Any, tile: Any, out: Any, os: Any) -> tuple[Any, Any]:
+def put_tile(_context: Any, tile: Any, out: Any, os: Any) -> tuple[Any, Any]:
     """Write a tile of sums, which stand by outputs, to 16 rows."""
 
     def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
@@ -226,13 +244,23 @@ def pack(x: int, xs: int, num_rows: int, length: int, out: int) -> None:
 def _put(tile: int, out: int, os: int, num_rows: int) -> None:
     """Write sums of a group to its rows."""
     if num_rows >= ROWS:
-        _put_tile(tile, out, os)
+        put_tile(tile, out, os)
         return
     numbers = floats(tile, OUTPUTS * ROWS)
     for row in range(num_rows):
         target = floats(out + row * os, OUTPUTS)
         for n in range(OUTPUTS):
             target[n] = numbers[n * ROWS + row]
+
+
+@compiled
+def set_shapes() -> None:
+    """Let all tiles be whole."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    for i in range(8):
+        shapes[16 + 2 * i], shapes[48 + i] = 2 * DEPTH, OUTPUTS
+    configure(shapes.ctypes.data)
 
 
 def _multiply_in_tiles(  # noqa: PLR0913  two matrices, where they lie, and where to
@@ -251,11 +279,7 @@ def _multiply_in_tiles(  # noqa: PLR0913  two matrices, where they lie, and wher
 
     `scratch` has room for two tiles.
     """
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    for i in range(8):
-        shapes[16 + 2 * i], shapes[48 + i] = 2 * DEPTH, OUTPUTS
-    _configure(shapes.ctypes.data)
+    set_shapes()
     n = begin
     while n + OUTPUTS <= end:
         row = 0
@@ -271,7 +295,7 @@ def _multiply_in_tiles(  # noqa: PLR0913  two matrices, where they lie, and wher
                 _put(scratch, there, os, num_rows - row)
                 row += ROWS
         n += OUTPUTS
-    _release()
+    release()
     return n
 
 

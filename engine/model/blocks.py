@@ -4,6 +4,7 @@ Shape letters: B batch, S source length, T target length, H heads, K head width.
 documents packed into one row, from 1; 0 is padding.
 """
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig, Stack
 from engine.model.attention import CrossAttention, LatentSelfAttention, SelfAttention
+from engine.model.context import Past
 from engine.model.layers import FeedForward, RelativeBias, make_norm
 from engine.model.moe import ExpertSource, MoELayer
 from engine.model.topk import TopKLayer
@@ -108,6 +110,19 @@ class StepKernels(Protocol):
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Scores (B, V) of normed states."""
+        ...
+
+
+class SweepKernels(Protocol):
+    """Contexts of whole texts, computed in another way than by torch."""
+
+    def read_layers(
+        self, x_ND: Tensor, lengths: Sequence[int], context_BSW: Tensor, past: Past | None
+    ) -> Generator[None, None, None]:
+        """Write contexts of texts, given what the first layer reads of all rows, without padding.
+
+        Yields after each layer.
+        """
         ...
 
 

@@ -22,10 +22,18 @@ from engine.model.blocks import (
     DecoderCache,
     StackModule,
     StepKernels,
+    SweepKernels,
     document_lengths,
     real_positions,
 )
-from engine.model.context import Context, Past, arena_of, document_positions, join_past
+from engine.model.context import (
+    Context,
+    Past,
+    arena_of,
+    context_width,
+    document_positions,
+    join_past,
+)
 from engine.model.layers import Bias, FeedForward, Linear
 from engine.model.masks import MASK_QUERIES, CausalMask, mask_bias
 from engine.model.moe import ExpertSource, ResidentExperts
@@ -43,11 +51,12 @@ class Transformer(nn.Module):
 
     `experts` is the source of expert weights; without one, a MoE config gets ResidentExperts of its
     own. `set_invariant` sets `is_invariant`. `kernels` are for serving: they compute steps of as
-    many rows as they are fast for, of all in invariant mode.
+    many rows as they are fast for, of all in invariant mode; `sweep_kernels` contexts of texts.
     """
 
     is_invariant = False
     kernels: StepKernels | None = None
+    sweep_kernels: SweepKernels | None = None
 
     def __init__(self, config: ModelConfig, experts: ExpertSource | None = None) -> None:
         super().__init__()
@@ -152,6 +161,9 @@ class Transformer(nn.Module):
             position_BS = position_BS + past.lengths_B.unsqueeze(1)
             length += past.capacity
         x_BSD, turn = self._embed(tokens_BS, position_BS, length, x_BSD)
+        if keeps and self._suits_sweep(segments_BS):
+            context_BSW = yield from self._sweep(x_BSD, segments_BS, past)
+            return x_BSD, context_BSW
         context = Context(self.config, x_BSD if keeps else x_BSD[:0])
         if not tokens_BS.numel():
             return x_BSD, context.flat()
@@ -169,6 +181,22 @@ class Transformer(nn.Module):
             x_BSD = block.transform(x_BSD, self.experts, real_BS)
             yield
         return x_BSD, context.flat()
+
+    def _suits_sweep(self, segments_BS: Tensor) -> bool:
+        """Whether rows, of one document each then, are for the kernels."""
+        if self.sweep_kernels is None or torch.is_grad_enabled() or not segments_BS.numel():
+            return False
+        return bool((segments_BS <= 1).all())
+
+    def _sweep(
+        self, x_BSD: Tensor, segments_BS: Tensor, past: Past | None
+    ) -> Generator[None, None, Tensor]:
+        """The context of rows, layer by layer, by kernels."""
+        assert self.sweep_kernels is not None
+        context_BSW = x_BSD.new_zeros(*x_BSD.shape[:2], context_width(self.config))
+        x_ND, lengths = x_BSD[segments_BS == 1], document_lengths(segments_BS)
+        yield from self.sweep_kernels.read_layers(x_ND, lengths, context_BSW, past)
+        return context_BSW
 
     def _window(self, index: int) -> int:
         return self.config.windows[index] if self.config.windows else 0
