@@ -312,3 +312,36 @@ def test_what_does_not_fit_is_left_to_torch():
     segments[:, 12:] = 2
     with torch.inference_mode():
         assert torch.equal(model.encode(tokens, segments), plain.encode(tokens, segments))
+
+
+@torch.inference_mode()
+def test_steps_of_which_experts_get_many_rows_use_tiles(tmp_path):
+    """Resident and offloaded experts give the same bits, as near as torch's."""
+    save_model(make("expert biases"), tmp_path / "m", dtype=torch.bfloat16)
+    resident = load_model(tmp_path / "m")
+    plain, exact = without(resident), exact_of(resident)
+    assert attach_kernels(resident)
+    source, fed = random_ids(24, 6, seed=3), random_ids(24, 3, seed=4)
+    segments = torch.ones_like(source)
+    kept = plain.encode(source, segments)
+
+    def scores(model, kept):
+        cache = model.start_cache(kept, segments, 3)
+        parts = torch.split(fed, 1, 1)
+        return torch.cat([model.logits(model.step(part, cache)) for part in parts], 1)
+
+    ours, theirs, truth = scores(resident, kept), scores(plain, kept), scores(exact, kept.double())
+    near = (ours - truth).abs().amax(-1) < truth.std()
+    assert near.float().mean() > 0.8
+    assert_as_near(ours[near], theirs[near], truth[near])
+    blob_bytes = inspect(tmp_path / "m")["experts"]["blob_bytes"]
+    model, experts = load_offloaded(tmp_path / "m", None, 2 * blob_bytes)
+    with experts:
+        assert attach_kernels(model)
+        assert torch.equal(scores(model, kept), ours)
+    set_invariant(resident)
+    alone = resident.start_cache(kept[5:6], segments[5:6], 1)
+    together = resident.start_cache(kept, segments, 1)
+    assert torch.equal(
+        resident.step(fed[5:6, :1], alone)[0], resident.step(fed[:, :1], together)[5]
+    )

@@ -108,11 +108,18 @@ class Builder:
         tasks = the_team().threads * TASKS_PER_THREAD
         chunk = max(outputs // tasks // CHUNK * CHUNK, CHUNK)
         row[ops.P_CHUNK], row[ops.TASKS] = chunk, -(-outputs // chunk)
-        if self._in_tiles and length % DEPTH == 0:
-            row[ops.P_TILES] = TILE_ROWS
+        row[ops.P_TILES] = TILE_ROWS if self.can_tile(length) else 0
         width = (length if norm else 0) + (outputs if adds else 0)
         self._widths.append((width, length))
         return row
+
+    def can_tile(self, length: int) -> bool:
+        """Whether rows of a length may be multiplied in tiles."""
+        return self._in_tiles and length % DEPTH == 0
+
+    def pack_rows(self, length: int) -> None:
+        """Have room for packed rows of a length."""
+        self._widths.append((0, length))
 
     def scratch_bytes(self, rows: int) -> int:
         """What a thread needs for products of so many rows."""

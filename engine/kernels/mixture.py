@@ -11,7 +11,7 @@ from engine.kernels.curves import activate
 from engine.kernels.memory import add_stored, floats, words
 from engine.kernels.norms import normalize
 from engine.kernels.products import multiply
-from engine.kernels.tiles import ROWS
+from engine.kernels.tiles import ROWS, multiply_in_tiles, pack
 
 
 @compiled
@@ -180,8 +180,16 @@ def expert_tasks(op: Any) -> Any:
 
 
 @compiled
-def _outputs(
-    op: Any, weights: Any, which: int, wanted: int, begin: int, end: int, out: int
+def _outputs(  # noqa: PLR0913  which outputs of what, and rows that may be packed
+    op: Any,
+    weights: Any,
+    which: int,
+    wanted: int,
+    begin: int,
+    end: int,
+    out: int,
+    packed: int,
+    tiles: int,
 ) -> None:
     """Some outputs of one matrix of an expert, and its bias, for all its pairs."""
     begins = words(op[ops.M_BEGINS], wanted + 2)
@@ -190,29 +198,40 @@ def _outputs(
     size = 2 if kind == ops.BF16 else 4
     matrix, bias = weights[op[which]], weights[op[which + 1]]
     x, out = op[ops.M_X] + 4 * first * length, out + 4 * first * outputs
-    stride, wide = length * size, 4 * outputs
-    multiply(kind, x, 4 * length, matrix, stride, out, wide, length, last - first, begin, end)
+    stride, wide, rows = length * size, 4 * outputs, last - first
+    done = begin
+    if packed:
+        done = multiply_in_tiles(packed, matrix, stride, out, wide, length, rows, begin, end, tiles)
+    multiply(kind, x, 4 * length, matrix, stride, out, wide, length, rows, done, end)
     if bias:
-        for row in range(last - first):
+        for row in range(rows):
             add_stored(out + row * wide + 4 * begin, end - begin, bias + size * begin, kind)
 
 
 @compiled
-def run_expert(op: Any, task: int) -> None:
-    """Some outputs of an expert for all its pairs: act(x * matrix) [* (x * gate)]."""
-    outputs = op[ops.M_OUTPUTS]
+def run_expert(op: Any, task: int, scratch: int) -> None:
+    """Some outputs of an expert for all its pairs: act(x * matrix) [* (x * gate)].
+
+    `scratch` has room for packed rows and sums, if it is one for tiles.
+    """
+    outputs, length = op[ops.M_OUTPUTS], op[ops.M_LENGTH]
     parts = (outputs + op[ops.M_CHUNK] - 1) // op[ops.M_CHUNK]
     wanted = op[ops.M_BEGIN] + task // parts
     begin = task % parts * op[ops.M_CHUNK]
     end = min(begin + op[ops.M_CHUNK], outputs)
     expert = words(op[ops.M_IDS_WANTED], wanted + 1)[wanted]
     weights = words(op[ops.M_WEIGHTS] + 8 * ops.WEIGHTS * expert, ops.WEIGHTS)
-    _outputs(op, weights, ops.M_MATRIX, wanted, begin, end, op[ops.M_OUT])
+    begins = words(op[ops.M_BEGINS], wanted + 2)
+    first, rows = begins[wanted], begins[wanted + 1] - begins[wanted]
+    packed, tiles = 0, scratch + 2 * length * ((rows + ROWS - 1) // ROWS * ROWS)
+    if op[ops.M_TILES] and rows >= op[ops.M_TILES]:
+        packed = scratch
+        pack(op[ops.M_X] + 4 * first * length, 4 * length, rows, length, packed)
+    _outputs(op, weights, ops.M_MATRIX, wanted, begin, end, op[ops.M_OUT], packed, tiles)
     if op[ops.M_GATE]:
-        _outputs(op, weights, ops.M_GATE, wanted, begin, end, op[ops.M_GATE_OUT])
+        _outputs(op, weights, ops.M_GATE, wanted, begin, end, op[ops.M_GATE_OUT], packed, tiles)
     if op[ops.M_ACTIVATION]:
-        begins = words(op[ops.M_BEGINS], wanted + 2)
-        for pair in range(begins[wanted], begins[wanted + 1]):
+        for pair in range(first, first + rows):
             there = 4 * (pair * outputs + begin)
             gate = op[ops.M_GATE_OUT] + there if op[ops.M_GATE] else 0
             activate(op[ops.M_ACTIVATION], op[ops.M_OUT] + there, gate, end - begin)

@@ -26,6 +26,8 @@ from engine.model.layers import FeedForwardWeights, feed_forward
 from engine.model.moe import ExpertSource, MoELayer, ResidentExperts, assign_greedy
 from engine.model.topk import AnyMoE, TopKLayer
 
+EXPERT_TILE_ROWS = 3  # of a step from which on tiles are faster than vectors
+
 
 def can_route(layer: AnyMoE) -> bool:
     """Whether a layer's way of choosing experts is one that programs know."""
@@ -87,8 +89,6 @@ class Mixture:
     How experts are multiplied is left to `add_parts` and `add_shared`.
     """
 
-    scratch_bytes = 0  # that a part needs
-
     def __init__(
         self, builder: Builder, layer: AnyMoE, buffers: MixtureBuffers, x_RD: Tensor
     ) -> None:
@@ -148,6 +148,10 @@ class Mixture:
         """Add the expert that all rows go through."""
         raise NotImplementedError
 
+    def scratch_bytes(self, rows: int) -> int:
+        """What a thread needs for the parts."""
+        raise NotImplementedError
+
     def add_experts(self, experts: ResidentExperts) -> None:
         """Let the program compute experts that are in memory."""
         tensors = experts.layers[self._layer.name]
@@ -184,7 +188,7 @@ class Mixture:
             if isinstance(weights.wi_0, Tensor):
                 self._point(expert, weights)
                 table[:, ops.M_BEGIN], table[:, ops.M_END] = place, place + 1
-                the_team().run(table, rows, self.scratch_bytes)
+                the_team().run(table, rows, self.scratch_bytes(rows))
             else:
                 begin, end = begins[place], begins[place + 1]
                 rows_R = buffers.order[begin:end] // self._config.num_experts_per_token
@@ -221,6 +225,9 @@ class StepMixture(Mixture):
     def __init__(self, builder: Builder, layer: AnyMoE, buffers: StepBuffers, x_RD: Tensor) -> None:
         super().__init__(builder, layer, buffers, x_RD)
         self._own = buffers
+        for length in (layer.config.d_model, layer.config.expert_width):
+            builder.pack_rows(length)
+        self._all = builder
 
     def _part(self, code: int, x: Tensor, out: Tensor) -> Table:
         """An operation on the wanted experts."""
@@ -236,6 +243,7 @@ class StepMixture(Mixture):
         tasks = the_team().threads * TASKS_PER_THREAD // self._config.num_experts_per_token
         chunk = out.shape[1] // max(tasks, 1) // CHUNK * CHUNK
         row[ops.M_CHUNK] = max(chunk, CHUNK)
+        row[ops.M_TILES] = EXPERT_TILE_ROWS if builder.can_tile(x.shape[1]) else 0
         row[ops.M_EPS] = real(self._config.norm_eps)
         return row
 
@@ -252,6 +260,10 @@ class StepMixture(Mixture):
             row[ops.M_GATE_OUT] = self._builder.address(buffers.gate)
         row = self._part(ops.EXPERT, buffers.hidden, buffers.outs)
         row[ops.M_MATRIX], row[ops.M_BIAS] = names.index("wo"), names.index("bo")
+
+    def scratch_bytes(self, rows: int) -> int:
+        """What a thread needs for the parts."""
+        return self._all.scratch_bytes(rows)
 
     def add_shared(self, layer: TopKLayer) -> None:
         """Add the expert that all rows go through."""
@@ -280,7 +292,6 @@ class SweepMixture(Mixture):
         all_rows: Groups,
     ) -> None:
         self._own, self._all_rows = buffers, all_rows
-        self.scratch_bytes = panel_scratch_bytes(layer.config.d_model)
         super().__init__(builder, layer, buffers, x_RD)
 
     def add_parts(self) -> None:
@@ -302,6 +313,10 @@ class SweepMixture(Mixture):
         )
         names = ("wo", "bo")
         add_product(builder, groups, buffers.hidden, weights, names, buffers.outs, how=ops.WRITES)
+
+    def scratch_bytes(self, rows: int) -> int:  # noqa: ARG002  as much for any
+        """What a thread needs for the parts."""
+        return panel_scratch_bytes(self._config.d_model)
 
     def add_shared(self, layer: TopKLayer) -> None:
         """Add the expert that all rows go through."""

@@ -143,6 +143,7 @@ FIRST, SIGMOID_FIRST, SOFTMAX, SIGMOID = range(4)  # ROUTERS: the best one alone
     M_BIAS,
     M_GATE,
     M_GATE_BIAS,
+    M_TILES,  # pairs of an expert from which on they are multiplied in tiles; 0: never
     # of sweeps; M_ORDER may be 0: rows as they stand
     M_STARTS,
     M_NORM,  # as P_NORM: kind, weight, bias; else an expert's own
@@ -150,7 +151,7 @@ FIRST, SIGMOID_FIRST, SOFTMAX, SIGMOID = range(4)  # ROUTERS: the best one alone
     M_NORM_BIAS,
     M_OUT_STRIDE,
     M_HOW,  # of the HOWS
-) = range(3, 29)
+) = range(3, 30)
 M_EPS = REALS
 WRITES, ADDS, PACKS = range(3)  # HOWS: to rows, to what is in rows, to panels for the next product
 EXPERT_WEIGHTS = ("", "norm", "wi_0", "wi_1", "wo", "bi_0", "bi_1", "bo")

@@ -206,7 +206,7 @@ def _run_task(op: Any, reals: Any, task: int, num_rows: int, scratch: int) -> No
     elif code == ops.GATHER:
         gather(op, reals, task)
     elif code == ops.EXPERT:
-        run_expert(op, task)
+        run_expert(op, task, scratch)
     elif code == ops.COMBINE:
         combine(op, task)
     else:

@@ -109,13 +109,15 @@ class SweepProgram:
         whole = [-(-(text.past + text.length) // BLOCK) * BLOCK for text in texts]
         rows = sum(text.length for text in texts)
         asked = Size(rows, sum(whole), len(texts), max(whole))
-        room = self._idle.pop() if self._idle else None
-        if room is None or not room.size.holds(asked) or room.threads != the_team().threads:
-            steps = (ROW_STEP, SLOT_STEP, TEXT_STEP, POSITION_STEP)
-            asked = Size(*(-(-n // step) * step for n, step in zip(asked, steps, strict=True)))
-            with torch.inference_mode(mode=False):  # written in other modes as well
-                room = Room(self._model, asked)
-        return room
+        while self._idle:
+            room = self._idle.pop()
+            if room.size.holds(asked) and room.threads == the_team().threads:
+                return room
+            del room  # before there is another
+        steps = (ROW_STEP, SLOT_STEP, TEXT_STEP, POSITION_STEP)
+        asked = Size(*(-(-n // step) * step for n, step in zip(asked, steps, strict=True)))
+        with torch.inference_mode(mode=False):  # written in other modes as well
+            return Room(self._model, asked)
 
 
 def can_sweep(model: Transformer) -> bool:
