@@ -20,6 +20,7 @@ from engine.kernels.tiles import (
     OUTPUTS,
     ROWS,
     TILE_BYTES,
+    add_tile,
     call,
     has_tiles,
     pack,
@@ -40,16 +41,17 @@ PANELS = 16  # of a task
 def _make_block(num_panels: int) -> Any:
     """Products of 32 outputs with 1 or 2 panels.
 
-    Arguments: panel, its bytes, matrix, its stride, out, tiles of a row. `out` gets a block per
-    panel: by outputs, 16 rows each.
+    Arguments: panel, its bytes, matrix, its stride, out, tiles of a row, whether to ask for the
+    next outputs' lines of the matrix: what is in the cache is a third slower for it. `out` gets a
+    block per panel: by outputs, 16 rows each.
     """
 
     @inlined
     def block(
-        _context: Any, x: Any, size: Any, w: Any, ws: Any, out: Any, depth: Any
+        _context: Any, x: Any, size: Any, w: Any, ws: Any, out: Any, depth: Any, ahead: Any
     ) -> tuple[Any, Any]:
         def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-            x, size, w, ws, out, depth = arguments
+            x, size, w, ws, out, depth, ahead = arguments
             for i in range(2 * num_panels):
                 call(builder, "tilezero", tile_number(i))
             second = builder.add(w, builder.mul(ws, number(OUTPUTS)))
@@ -69,15 +71,17 @@ def _make_block(num_panels: int) -> Any:
                     call(
                         builder, "tdpbf16ps", tile_number(2 * i + half), tile_number(4 + half), rows
                     )
-            for row in range(WIDE):
-                ask_ahead(builder, builder.add(w, builder.mul(ws, number(WIDE + row))), offset)
+            with builder.if_then(builder.icmp_signed("!=", ahead, number(0))):
+                for row in range(WIDE):
+                    place = builder.add(w, builder.mul(ws, number(WIDE + row)))
+                    ask_ahead(builder, place, offset)
             loop.close(1, [])
             for i in range(2 * num_panels):
                 place = pointer_to(builder, out, number(TILE_BYTES * i))
                 call(builder, "tilestored64", tile_number(i), place, number(4 * ROWS))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return block
 
@@ -157,15 +161,17 @@ def panel_product_tasks(op: Any) -> Any:
 
 
 @compiled
-def _sum_block(op: Any, weights: Any, which: int, n: int, x: int, panels: int, out: int) -> None:
+def _sum_block(
+    op: Any, weights: Any, which: int, n: int, x: int, panels: int, ahead: int, out: int
+) -> None:
     """32 outputs of one matrix of an expert for some panels, with its bias."""
     kind, length = op[ops.KIND], op[ops.M_LENGTH]
     matrix, bias = weights[op[which]], weights[op[which + 1]]
     stride, size = 2 * length, 2 * ROWS * length
     if panels == 1:
-        ONE_PANEL(x, size, matrix + n * stride, stride, out, length // DEPTH)
+        ONE_PANEL(x, size, matrix + n * stride, stride, out, length // DEPTH, ahead)
     else:
-        TWO_PANELS(x, size, matrix + n * stride, stride, out, length // DEPTH)
+        TWO_PANELS(x, size, matrix + n * stride, stride, out, length // DEPTH, ahead)
     if bias:
         for i in range(panels * WIDE):
             value, sums = stored(bias, kind, n + i % WIDE), floats(out + 4 * ROWS * i, ROWS)
@@ -178,9 +184,12 @@ def _put_block(op: Any, sums: int, place: int, count: int, n: int) -> None:
     """Write 32 outputs of a panel of `count` rows, of which `place` is the first, or add them."""
     stride = op[ops.M_OUT_STRIDE]
     out = op[ops.M_OUT] + place * stride + 4 * n
-    if count == ROWS and op[ops.M_HOW] == ops.WRITES:
-        put_tile(sums, out, stride)
-        put_tile(sums + TILE_BYTES, out + 4 * OUTPUTS, stride)
+    if count == ROWS:
+        for half in range(2):
+            if op[ops.M_HOW] == ops.ADDS:
+                add_tile(sums + TILE_BYTES * half, out + 4 * OUTPUTS * half, stride)
+            else:
+                put_tile(sums + TILE_BYTES * half, out + 4 * OUTPUTS * half, stride)
         return
     numbers = floats(sums, WIDE * ROWS)
     for row in range(count):
@@ -229,10 +238,11 @@ def _multiply_panels(op: Any, task: int, scratch: int) -> None:
     for n in range(begin, min(begin + op[ops.M_CHUNK], op[ops.M_OUTPUTS]), WIDE):
         for panel in range(first, last, 2):
             x, panels = op[ops.M_X] + panel * size, min(last - panel, 2)
-            _sum_block(op, weights, ops.M_MATRIX, n, x, panels, scratch)
+            ahead = 1 if panel == first else 0
+            _sum_block(op, weights, ops.M_MATRIX, n, x, panels, ahead, scratch)
             if op[ops.M_GATE]:
                 there = scratch + 2 * PANEL_SUM_BYTES
-                _sum_block(op, weights, ops.M_GATE, n, x, panels, there)
+                _sum_block(op, weights, ops.M_GATE, n, x, panels, ahead, there)
             row = place + ROWS * (panel - first)
             _finish(op, scratch, panel, panels, row, begins[wanted + 1] - row, n)
     release()

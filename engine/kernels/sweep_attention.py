@@ -197,14 +197,14 @@ def _look(op: Any, task: int, scratch: int) -> None:
     set_shapes()
     for n in range(0, count, WIDE):
         there = scores + 4 * ROWS * n
-        ONE_PANEL(scratch, 0, keys + 2 * n * width, 2 * width, there, width // DEPTH)
+        ONE_PANEL(scratch, 0, keys + 2 * n * width, 2 * width, there, width // DEPTH, 1)
     sink = np.float32(-np.inf)
     if op[ops.A_SINKS]:
         sink = stored(op[ops.A_SINKS], op[ops.KIND], head)
     _weigh(scores, count, begin, first, first + rows - 1, window, sink, weights)
     out = op[ops.A_OUT] + row * op[ops.A_OUT_STRIDE] + 4 * head * width
     for n in range(0, width, WIDE):
-        ONE_PANEL(weights, 0, values + 2 * n * slots, 2 * slots, sums, count // DEPTH)
+        ONE_PANEL(weights, 0, values + 2 * n * slots, 2 * slots, sums, count // DEPTH, 0)
         _put_mixed(sums, scores, out + 4 * n, op[ops.A_OUT_STRIDE], rows)
     release()
 

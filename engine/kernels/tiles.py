@@ -213,18 +213,29 @@ def _pack_tile(_context: Any, x: Any, xs: Any, last: Any, out: Any) -> tuple[Any
     return types.void(*[types.int64] * 4), generate
 
 
-@inlined
-def put_tile(_context: Any, tile: Any, out: Any, os: Any) -> tuple[Any, Any]:
-    """Write a tile of sums, which stand by outputs, to 16 rows."""
+def _make_put(*, adds: bool) -> Any:
+    """Write a tile of sums, which stand by outputs, to 16 rows, or add it to them.
 
-    def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
-        tile, out, os = arguments
-        columns = [load(builder, "fp32", tile, number(4 * ROWS * i)) for i in range(OUTPUTS)]
-        for i, row in enumerate(_transposed(builder, columns)):
-            builder.store(row, at(builder, out, builder.mul(os, number(i)), VECTOR)).align = 4
-        return context.get_dummy_value()
+    Arguments: tile, out, its stride.
+    """
 
-    return types.void(*[types.int64] * 3), generate
+    @inlined
+    def put(_context: Any, tile: Any, out: Any, os: Any) -> tuple[Any, Any]:
+        def generate(context: Any, builder: ir.IRBuilder, _: Any, arguments: Any) -> Any:
+            tile, out, os = arguments
+            columns = [load(builder, "fp32", tile, number(4 * ROWS * i)) for i in range(OUTPUTS)]
+            for i, row in enumerate(_transposed(builder, columns)):
+                offset = builder.mul(os, number(i))
+                made = builder.fadd(load(builder, "fp32", out, offset), row) if adds else row
+                builder.store(made, at(builder, out, offset, VECTOR)).align = 4
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), generate
+
+    return put
+
+
+put_tile, add_tile = _make_put(adds=False), _make_put(adds=True)
 
 
 @compiled
