@@ -3,12 +3,21 @@ import json
 import pytest
 import torch
 
-from engine.checkpoint import save_model
+from engine.checkpoint import load_model, save_model
 from server.__main__ import main
 from tests.training_recipes import SMALL, tiny_recipe
 from training.flops import forward_flops, training_flops
+from training.growth_files import RunGrowth, grow_directory
+from training.growth_recipes import read_target
 from training.loop import open_data, train
-from training.run_compare import RunCurve, make_table, read_curve, read_rows, sunk_flops
+from training.run_compare import (
+    RunCurve,
+    find_run,
+    make_table,
+    read_curve,
+    read_rows,
+    sunk_flops,
+)
 
 
 @pytest.fixture
@@ -40,6 +49,26 @@ def test_a_start_inside_a_run_is_charged(runs):
     recipe = tiny_recipe(runs, start="one/model")
     train(recipe, runs / "three", open_data(recipe))
     assert sunk_flops(runs / "three") == read_curve(runs / "one").flops[-1]
+
+
+def test_what_grew_is_charged_once_though_it_also_teaches(runs):
+    target = runs / "target.toml"
+    target.write_text("[target]\nd_model = 24\n")
+    one = read_curve(runs / "one").flops[-1]
+    model, state = runs / "one" / "model", RunGrowth(runs / "one", runs / "five", "scale")
+    grow_directory(model, read_target(target), runs / "big")
+    grow_directory(runs / "big", read_target(target), runs / "bigger")
+    grow_directory(model, read_target(target), runs / "big_state", run=state)
+    taught = {"teachers": ("one",), "stop_when_passed": False}
+    for name, start, how in [("three", "big", None), ("four", "bigger", taught)]:
+        config = load_model(runs / start).config
+        recipe = tiny_recipe(runs, model=config, start=start, distill=how, steps=1)
+        train(recipe, runs / name, open_data(recipe))
+        assert sunk_flops(runs / name) == one
+    assert sunk_flops(runs / "five") == one  # of which only the state is there
+    assert find_run(runs / "big_state") == (runs / "one").resolve()
+    (runs / "big" / "growth.json").write_text('{"steps": []}')
+    assert sunk_flops(runs / "three") == 0
 
 
 def test_runs_that_name_each_other_end(runs):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -20,10 +21,11 @@ from engine.prompt import build_request
 from engine.request import Piece, SamplingParams
 from server.__main__ import main
 from tests.growth_cases import random_model
-from tests.tiny import DENSE, byte_tokenizer
+from tests.tiny import DENSE, LLAMA, byte_tokenizer
 from training.growth_adapters import grow_adapter
 from training.growth_files import grow_directory
-from training.growth_recipes import doublings, progressive_targets, read_target
+from training.growth_losses import check_texts, measure_losses
+from training.growth_recipes import doublings, progressive_targets, read_target, sizes_target
 from training.growth_record import read_fingerprint, read_steps
 from training.loop import open_data, train
 from training.optimizers import build_optimizer
@@ -134,6 +136,17 @@ def test_another_dtype_is_measured_as_it_is_written(source, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
+def test_losses_before_and_after_are_in_the_wider_type(source, tmp_path):
+    """The source is stored in bf16, the result in fp32: rounding is no change by growth."""
+    save_model(load_model(source), tmp_path / "half", dtype=torch.bfloat16)
+    grow_with(tmp_path / "half", tmp_path)
+    text = target(tmp_path / "text.txt", "the cat sat on the mat and a dog ran in the park\n" * 9)
+    found = measure_losses(tmp_path / "half", tmp_path / "big", [text], is_other_vocabulary=False)
+    assert found.after == pytest.approx(found.before, abs=1e-5)
+    assert found.summary()[0].endswith(f"on {found.tokens:,} tokens filled in")
+    assert found.masked is None
+
+
 def test_growth_in_steps_keeps_the_record_of_all(source, tmp_path):
     grow_with(source, tmp_path)
     grow_with(tmp_path / "big", tmp_path, "[target]\nd_model = 48\n", out="bigger")
@@ -231,6 +244,20 @@ def test_what_a_killed_run_left_does_not_matter(source, tmp_path):
     assert not list(tmp_path.glob("*.growing*"))
 
 
+@pytest.mark.parametrize("text", [BIG, "[target]\nnum_experts = 3\n"])
+def test_a_full_disk_leaves_nothing(source, tmp_path, text):
+    """The kernel refuses to let a file grow, as a full disk does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    try:
+        with pytest.raises((CheckpointError, OSError), match="cannot be written"):
+            grow_with(source, tmp_path, text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "target.toml"]
+    grow_with(source, tmp_path, text)
+
+
 def test_another_vocabulary_comes_with_its_file(source, tmp_path):
     tokens = ["<unk>", "<s>", "<pad>", "<eod>", "\u2582", "\u2583", "a", "b", "ab", "##c", "<s_0>"]
     (tmp_path / "vocabulary").mkdir()
@@ -294,7 +321,10 @@ def write_recipe(path, config, more=""):
 def test_training_starts_from_a_grown_model(source, tmp_path):
     grow_with(source, tmp_path)
     big = load_model(tmp_path / "big")
-    recipe = write_recipe(tmp_path / "recipe.toml", big.config, 'start = "big"')
+    path = tmp_path / "recipe.toml"
+    recipe = write_recipe(path, big.config, 'start = "big"')
+    path.write_text(path.read_text().split("[data]", 1)[1].join(["[data]", ""]))
+    assert read_recipe(path) == recipe  # [model] may be left out
     recipe = replace(recipe, train=replace(recipe.train, learning_rate=1e-12))
     trained = train(recipe, tmp_path / "run", open_data(recipe))
     for name, tensor in trained.state_dict().items():
@@ -302,6 +332,9 @@ def test_training_starts_from_a_grown_model(source, tmp_path):
     other = replace(recipe, model=replace(big.config, norm_eps=1e-6))
     with pytest.raises(ValueError, match="start big has norm_eps"):
         train(other, tmp_path / "other", open_data(recipe))
+    path.write_text(path.read_text().replace('start = "big"', ""))
+    with pytest.raises(ConfigError, match=r"without one, \[train\] needs a start"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize("moments", ["carry", "scale", "reset"])
@@ -324,6 +357,9 @@ def test_a_run_grows_with_its_optimiser_and_goes_on(source, tmp_path, capsys, mo
     resumed = build_optimizer(big, recipe.train)
     assert load_state(tmp_path / "next", big, resumed) == 0
     assert bool(resumed.state_dict()["state"]) == (moments != "reset")
+    other = replace(recipe, model=replace(big.config, norm_eps=1e-6))
+    with pytest.raises(ValueError, match=r"state is of a model with norm_eps .*, \[model\] has"):
+        train(other, tmp_path / "next", open_data(recipe))
     train(recipe, tmp_path / "next", open_data(recipe))
     failed = invoke("grow", str(source), str(tmp_path / "t.toml"), *how[:-1], str(tmp_path / "c"))
     assert "holds the state of a run" in failed
@@ -353,15 +389,38 @@ def test_the_commands_grow_a_model_and_its_adapter(source, tmp_path):
     grown = ["--model", str(tmp_path / "big"), "--out", str(tmp_path / "task2")]
     assert invoke("adapter", "grow", str(old), *grown).strip() == str(tmp_path / "task2")
     assert "is there already" in invoke("adapter", "grow", str(old), *grown)
+    none = invoke("adapter", "grow", str(tmp_path / "none"), *grown[:-1], str(tmp_path / "task3"))
+    assert "none: does not exist; name the folder of an adapter" in none
 
 
 def test_wrong_usage_is_told(source, tmp_path):
     file = str(target(tmp_path / "t.toml"))
     out = ["--out", str(tmp_path / "big")]
     assert "go together" in invoke("grow", str(source), file, *out, "--run", "x")
-    wanted = target(tmp_path / "v.toml", '[vocabulary]\ntokenizer = "."\nkind = "bytes"\n')
-    failed = invoke("grow", str(source), str(wanted), *out, "--text", file)
-    assert "two vocabularies" in failed
+    failed = invoke("grow", str(source), file, *out, "--text", str(tmp_path / "none.txt"))
+    assert "none.txt: does not exist" in failed
+    failed = invoke("grow", str(source), *out, "--vocab", str(tmp_path / "none"))
+    assert "holds no vocab.txt or spiece.model" in failed
+    assert "less than the model's 4" in invoke("grow", str(source), *out, "--heads", "1")
+    assert not (tmp_path / "big").exists()  # all is checked before any work
+
+
+def test_sizes_may_be_options(source, tmp_path):
+    sizes = ["--d-model", "40", "--d-ff", "56", "--heads", "5", "--layers", "2", "--experts", "3"]
+    out = ["--out", str(tmp_path / "big")]
+    assert invoke("grow", str(source), *sizes, *out).strip() == str(tmp_path / "big")
+    config = load_model(tmp_path / "big").config
+    assert (config.d_model, config.d_ff, config.num_heads) == (40, 56, 5)
+    assert (config.num_encoder_layers, config.num_decoder_layers, config.num_experts) == (2, 2, 3)
+    (step,) = read_steps(tmp_path / "big")
+    assert step.is_exact
+    assert step.receipt["max_logit_difference"] <= 1e-5
+
+
+def test_layers_of_a_decoder_only_model_are_those_of_its_decoder():
+    assert sizes_target(LLAMA, {}, layers=3).target == {"num_decoder_layers": 3}
+    with pytest.raises(ConfigError, match="filling blanks, which this model cannot"):
+        check_texts(LLAMA, [])
 
 
 # --- adapters

@@ -170,6 +170,6 @@ def test_the_command_wants_a_file_or_a_number(tmp_path, capsys):
     for more in ([], [str(tmp_path / "t.toml"), "--experts", "4"]):
         with pytest.raises(SystemExit):
             main(["grow", str(small), *more, "--out", str(tmp_path / "moe")])
-        assert "give a TOML file or --experts" in capsys.readouterr().err
+        assert "give a TOML file, or sizes such as" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--experts: num_experts is 1; it must be 0"):
         grow_directory(small, mixture_target(1), tmp_path / "moe")

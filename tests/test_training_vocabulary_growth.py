@@ -7,14 +7,19 @@ from dataclasses import replace
 import pytest
 import sentencepiece
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from engine.checkpoint import save_model
 from engine.config import ModelConfig
 from engine.errors import ConfigError, TokenizerError
 from engine.model.transformer import Transformer
+from server.__main__ import main
 from tests.growth_cases import ROWS, SMALL, build, random_model
 from training.growth import GrowthPlan, describe, grow, prepare_growth
+from training.growth_losses import measure_losses
 from training.vocabulary_growth import map_vocabulary, regrow_rows, target_ids
-from training.vocabulary_names import open_vocabulary
+from training.vocabulary_names import find_kind, open_vocabulary
 
 ZH = ["<unk>", "<s>", "</s>", "<pad>", "<eod>", "\u2582", "\u2583"]
 ZH += ["中", "国", "中国", "人", "c", "a", "t", "ca", "<s_0>", "<s_1>"]
@@ -111,14 +116,38 @@ def scores(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
         return model(ids[0], ROWS, ids[1], ROWS)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("start", ["mean", "prefix", "random"])
-def test_old_tokens_score_as_they_did_with_new_ids_masked(old, new, tied, start):
-    config = replace(CONFIG, tied_embeddings=tied, scale_logits=tied)
-    model = random_model(config)
-    target = target_ids(config, old, new, {})
-    mapping = map_vocabulary(old, new, target, start, seed=1)
-    plan = GrowthPlan(target=replace(target, d_model=18, num_heads=4, num_decoder_layers=3))
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    at = tmp_path_factory.mktemp("vocabularies")
+    kinds = ("zh", ZH, "cpm2_zh"), ("en", EN, "cpm2_zh_en")
+    return [open_vocabulary(folder(at / name, tokens), kind) for name, tokens, kind in kinds]
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "d_model": st.integers(12, 26),
+            "num_heads": st.integers(3, 6),
+            "num_decoder_layers": st.integers(2, 4),
+            "num_experts": st.sampled_from([0, 3]),
+        }
+    ),
+    st.integers(0, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["mean", "prefix", "random"]),
+    st.integers(0, 9),
+)
+@settings(max_examples=20)
+def test_old_tokens_score_as_they_did_with_new_ids_masked(
+    both, sizes, spare, tied, scaled, start, seed
+):
+    old, new = both
+    config = replace(CONFIG, tied_embeddings=tied, scale_logits=scaled)
+    model = random_model(config, seed)
+    target = target_ids(config, old, new, {"vocab_size": len(EN) + spare})
+    mapping = map_vocabulary(old, new, target, start, seed=seed)
+    plan = GrowthPlan(target=replace(target, router="cpm_2", **sizes))
     growth = prepare_growth(config, plan, mapping)
     assert growth.is_exact
     assert describe(growth)[0]["matched"] == 14
@@ -143,6 +172,43 @@ def test_vocabulary_alone_is_exact_to_the_bit(old, new):
     new_ids, old_ids = mapping.old_ids()
     for name in ("embedding.weight", "lm_head.weight"):
         assert torch.equal(grown.state_dict()[name][new_ids], model.state_dict()[name][old_ids])
+
+
+def test_losses_on_the_old_language_are_told_with_and_without_new_ids(tmp_path, capsys):
+    save_model(
+        random_model(CONFIG), tmp_path / "small", [folder(tmp_path / "zh", ZH) / "vocab.txt"]
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("中国人中国人中国人中国人中国人c\n" * 20, encoding="utf-8")
+    grow = ["grow", str(tmp_path / "small"), "--vocab", str(folder(tmp_path / "en", EN))]
+    with pytest.raises(SystemExit) as done:
+        main([*grow, "--text", str(text), "--out", str(tmp_path / "big")])
+    told = capsys.readouterr().err
+    assert not done.value.code, told
+    found = measure_losses(tmp_path / "small", tmp_path / "big", [text], is_other_vocabulary=True)
+    assert found.masked == pytest.approx(found.before, abs=1e-5)
+    assert found.after > found.before + 1e-3  # new ids take probability away
+    assert found.lost == 20  # c
+    assert found.summary() == told.splitlines()[-2:]
+    assert f"{found.masked:.4f} with the new ids masked" in told
+
+
+def test_the_kind_of_a_vocabulary_is_found(tmp_path, old, new):
+    assert find_kind(tmp_path / "zh") == "cpm2_zh"
+    assert find_kind(tmp_path / "en") == "cpm2_zh_en"
+    with pytest.raises(TokenizerError, match=r"holds no vocab.txt or spiece.model"):
+        find_kind(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"")
+    assert find_kind(tmp_path) == "sentencepiece"
+
+
+def test_vocabularies_without_sentinels_in_common_are_not_compared(tmp_path):
+    tokens = folder(tmp_path / "zh", ZH) / "vocab.txt"
+    save_model(random_model(CONFIG), tmp_path / "small", [tokens])
+    few = folder(tmp_path / "few", ["<none>" if t == "<s_1>" else t for t in ZH]) / "vocab.txt"
+    save_model(random_model(CONFIG), tmp_path / "other", [few])
+    with pytest.raises(ConfigError, match="share no two sentinels, such as <sentinel 0>"):
+        measure_losses(tmp_path / "small", tmp_path / "other", [tokens], is_other_vocabulary=True)
 
 
 def test_special_ids_go_by_name(old, new):

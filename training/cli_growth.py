@@ -23,7 +23,22 @@ def grow(  # noqa: PLR0913  options of a command
         Path | None, typer.Argument(help="TOML file: sizes and operators of the growth.")
     ] = None,
     experts: Annotated[
-        int | None, typer.Option(help="Without a file: so many experts, two of a token.")
+        int | None,
+        typer.Option(min=2, help="Without a file: so many experts, two of a token."),
+    ] = None,
+    d_model: Annotated[
+        int | None, typer.Option(min=1, help="Without a file: width of the stream.")
+    ] = None,
+    d_ff: Annotated[
+        int | None, typer.Option(min=1, help="Without a file: width of feed-forwards.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Without a file: heads.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Without a file: layers of each stack.")
+    ] = None,
+    vocab: Annotated[
+        Path | None,
+        typer.Option(help="Without a file: folder of another vocabulary, matched by string."),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
@@ -42,27 +57,39 @@ def grow(  # noqa: PLR0913  options of a command
         list[Path] | None, typer.Option(help="Also tell the loss before and after on this text.")
     ] = None,
 ) -> None:
-    """Grow a model: wider, deeper, to experts, to another vocabulary; and tell what changed."""
+    """Grow a model: wider, deeper, to experts, to another vocabulary; and tell what changed.
+
+    What is not named stays as it is. Without a file all growth is by operators that are exact.
+    """
     from engine.model.dtypes import parse_dtype
-    from training.compare import compare
-    from training.growth_files import RunGrowth, grow_directory
-    from training.growth_recipes import mixture_target, read_target
+    from training.growth_files import RunGrowth, grow_directory, read_model_config
+    from training.growth_losses import check_texts, measure_losses
+    from training.growth_recipes import read_target, sizes_target
 
     if (run is None) != (run_out is None):
         raise typer.BadParameter("--run and --run-out go together", param_hint="--run")
-    if target is not None and experts is None:
+    sizes = {"d_model": d_model, "d_ff": d_ff, "num_heads": heads}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    has_options = bool(given) or not (layers is None and experts is None and vocab is None)
+    if (target is not None) == has_options:
+        raise typer.BadParameter(
+            "give a TOML file, or sizes such as --d-model, --layers, --experts, --vocab",
+            param_hint="TARGET",
+        )
+    config = read_model_config(model)
+    if text:
+        check_texts(config, text)
+    if target is not None:
         wanted = read_target(target)
-    elif experts is not None and target is None:
-        wanted = mixture_target(experts)
     else:
-        raise typer.BadParameter("give a TOML file or --experts", param_hint="TARGET")
-    if text and wanted.vocabulary is not None:
-        raise typer.BadParameter("losses of two vocabularies do not compare", param_hint="--text")
+        wanted = sizes_target(config, given, layers, experts, vocab)
     states = None if run is None or run_out is None else RunGrowth(run, run_out, moments)
     receipt = grow_directory(model, wanted, out, parse_dtype(dtype), states)
     typer.echo("\n".join(receipt.summary()), err=True)
     if text:
-        typer.echo("\n".join(compare(out, model, text, 20_000).summary()), err=True)
+        is_other = wanted.vocabulary is not None
+        losses = measure_losses(model, out, text, is_other_vocabulary=is_other)
+        typer.echo("\n".join(losses.summary()), err=True)
     typer.echo(str(out))
 
 

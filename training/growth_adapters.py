@@ -30,6 +30,8 @@ def grow_adapter(adapter: Path, model: Path, out: Path) -> Adapter:
     Raises CheckpointError if the model has not grown from the adapter's base, or `out` is taken.
     """
     check_free(out)
+    if not adapter.is_dir():
+        raise CheckpointError(f"{adapter}: does not exist; name the folder of an adapter")
     config = read_model_config(model)
     fingerprint = read_fingerprint(model)
     steps = _steps_from(adapter, _check_steps(model, read_steps(model), fingerprint))

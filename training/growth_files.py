@@ -1,9 +1,10 @@
 """Growing a model directory into another one, with a receipt of what changed."""
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from training.growth_optimizer import (
     write_run,
 )
 from training.growth_recipes import TargetFile
-from training.growth_record import RECORD, Step, make_step, read_steps, record_text
+from training.growth_record import RECORD, SOURCE, Step, make_step, read_steps, record_text
+from training.run_compare import ORIGIN
 from training.state import find_state
 from training.upcycling_files import only_upcycles, open_model_source, write_upcycled
 from training.vocabulary_growth import VocabularyMap, map_vocabulary, target_ids
@@ -106,13 +108,15 @@ def grow_directory(
     kept = find_tokenizer_files(model).get("generation_config.json")
     if kept is not None:
         files.setdefault(kept.name, kept)
-    staging = _stage(out)
-    save_state(growth.target, wide, staging, files.values())
-    _place(staging, out, [*steps, step])
+    step = _from(step, model if run is None else run.source, out)
+    with _staged(out) as staging:
+        save_state(growth.target, wide, staging, files.values())
+        _place(staging, out, [*steps, step])
     if run is not None and run_state is not None:
         moments = grow_moments(run_state.moments, state, growth, run.moments)
         weights = {name: tensor.float() for name, tensor in wide.items()}
         write_run(run.out, growth.target, RunState(run_state.optimizer, weights, moments))
+        (run.out / ORIGIN).write_text(f"{run.source.resolve()}\n", encoding="utf-8")
     return Receipt(step, growth.warnings())
 
 
@@ -217,23 +221,38 @@ def _upcycle(
     model: Path, growth: Growth, out: Path, dtype: torch.dtype | None, steps: list[Step]
 ) -> Step:
     """Write a mixture expert by expert, measure it as it is on the disk, put it in its place."""
-    staging = _stage(out)
-    write_upcycled(model, growth, staging, dtype)
-    step = measure(
-        growth,
-        lambda: nullcontext(load_any(model).float().eval()),  # rounded as it is when it is served
-        lambda: open_streamed(staging, growth.target),
-    )
-    _place(staging, out, [*steps, step])
+    with _staged(out) as staging:
+        write_upcycled(model, growth, staging, dtype)
+        step = measure(
+            growth,
+            lambda: nullcontext(load_any(model).float().eval()),  # rounded as it is when served
+            lambda: open_streamed(staging, growth.target),
+        )
+        step = _from(step, model, out)
+        _place(staging, out, [*steps, step])
     return step
 
 
-def _stage(out: Path) -> Path:
-    """Where a model is written before it is renamed; what a killed run left there is deleted."""
+def _from(step: Step, origin: Path, out: Path) -> Step:
+    """The step with the place of what grew, as seen from the result: its training is charged."""
+    place = os.path.relpath(origin.resolve(), out.resolve())
+    return replace(step, receipt=step.receipt | {SOURCE: place})
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """Where a model is written before it is renamed; what is left there, now or by a kill, goes."""
     staging = out.with_name(f"{out.name}.growing")
+    _discard(staging)
+    try:
+        yield staging
+    finally:  # a disk that is full has its room back
+        _discard(staging)
+
+
+def _discard(staging: Path) -> None:
     for left in (staging, partial_path(staging)):
         shutil.rmtree(left, ignore_errors=True)
-    return staging
 
 
 def _place(staging: Path, out: Path, steps: list[Step]) -> None:

@@ -5,6 +5,7 @@ the training dynamics stay.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +90,7 @@ def write_run(run: Path, config: ModelConfig, state: RunState) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in state.weights.items()}
     for key, values in state.moments.items():
         tensors |= {f"optimizer.{index[name]}.{key}": value for name, value in values.items()}
-    facts: dict[str, Any] = {"step": 0, "optimizer": state.optimizer}
+    facts: dict[str, Any] = {"step": 0, "optimizer": state.optimizer, "config": asdict(config)}
     write_state(run, facts, tensors)
 
 

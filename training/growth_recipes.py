@@ -16,6 +16,7 @@ from training.growth_depth import DepthMethod
 from training.growth_width import Split, WidthMethod
 from training.upcycling import LayerChoice, RouterStart, Upcycling
 from training.vocabulary_growth import RowStart
+from training.vocabulary_names import find_kind
 
 RecipeName = Literal["net2net", "stacking_bert", "bert2bert"]
 RECIPES: dict[str, dict[str, Any]] = {
@@ -83,13 +84,40 @@ def read_target(path: Path) -> TargetFile:
 
 def mixture_target(num_experts: int) -> TargetFile:
     """What makes a dense model a mixture as Mixtral is: two experts of a token, exact at first."""
-    target = {
+    return TargetFile(path=Path("--experts"), target=_mixture(num_experts))
+
+
+def sizes_target(
+    source: ModelConfig,
+    sizes: Mapping[str, int],
+    layers: int | None = None,
+    experts: int | None = None,
+    vocabulary: Path | None = None,
+) -> TargetFile:
+    """What options ask for: widths by field, layers of each stack, experts, a vocabulary.
+
+    All of it by the operators that are exact. Raises TokenizerError if the folder of the vocabulary
+    holds none.
+    """
+    target: dict[str, Any] = dict(sizes)
+    if layers is not None:
+        stacks = ("decoder",) if source.is_decoder_only else ("encoder", "decoder")
+        target |= {f"num_{stack}_layers": layers for stack in stacks}
+    if experts is not None:
+        target |= _mixture(experts)
+    wanted = None
+    if vocabulary is not None:
+        wanted = VocabularyTarget(tokenizer=str(vocabulary), kind=find_kind(vocabulary))
+    return TargetFile(path=Path("options"), target=target, vocabulary=wanted)
+
+
+def _mixture(num_experts: int) -> dict[str, Any]:
+    return {
         "num_experts": num_experts,
         "num_experts_per_token": min(2, num_experts),
         "router": "softmax",
         "normalize_gates": True,
     }
-    return TargetFile(path=Path("--experts"), target=target)
 
 
 def doublings(layers: int, target: int) -> list[int]:

@@ -20,6 +20,7 @@ from training.growth_axes import Axis, plain_axis
 
 RECORD = "growth.json"
 VERSION = 1
+SOURCE = "source"  # in a receipt: where the source is, as seen from the grown model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,11 +25,10 @@ from training.evaluate import unigram_log_probs
 from training.loop import OnStep, TrainingData, evaluate, open_data, train
 from training.prompt_export import save_prompt
 from training.recipe import Recipe, build_table, parse_recipe, read_tables
-from training.run_compare import START
 from training.sampler import Sampler
 from training.shards import Shard
 from training.span_corruption import Example, count_noise
-from training.stages import grow_once, read_stage, write_stage
+from training.stages import START, grow_once, read_stage, write_stage
 
 OnStage = Callable[[str, int], OnStep | None]
 

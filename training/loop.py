@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from engine.checkpoint_any import load_any
 from engine.checkpoint_writer import VOCABULARY_FILES, sync
-from engine.config import TokenizerKind
+from engine.config import ModelConfig, TokenizerKind
 from engine.model.initial import initialize
 from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer, open_tokenizer
@@ -199,8 +199,8 @@ def begin_model(recipe: Recipe) -> Transformer:
     if differing := [name for name in wanted if wanted[name] != given[name]]:
         name = differing[0]
         raise ValueError(
-            f"start {start} has {name} {given[name]!r}, [model] {wanted[name]!r}; write it as in "
-            "the config.json of the start"
+            f"start {start} has {name} {given[name]!r}, [model] {wanted[name]!r}; leave [model] "
+            "out, or write it as in the config.json of the start"
         )
     model.load_state_dict(found.state_dict())
     return model
@@ -236,7 +236,7 @@ def train(
             if state.metrics is not None:
                 state.metrics.add(row)
             if done % settings.checkpoint_every == 0 or done == settings.steps:
-                _save(state, run, done, workers)
+                _save(state, recipe, run, done, workers)
             if on_step:
                 on_step(row)
     if state.average is not None:
@@ -270,6 +270,7 @@ def _begin(recipe: Recipe, run: Path, data: TrainingData, workers: Workers) -> _
     facts: dict[str, Any] = {}
     weights = None if average is None else average.weights
     start = load_state(run, model, optimizer, weights, facts)
+    _check_model(run, facts, recipe)
     teaching = open_teaching(recipe)
     if teaching is not None:
         teaching.is_over = bool(facts.get("teaching_is_over", False))
@@ -282,6 +283,24 @@ def _begin(recipe: Recipe, run: Path, data: TrainingData, workers: Workers) -> _
         text = json.dumps(recipe.as_run(), indent=2)
         (run / "recipe.json").write_text(text, encoding="utf-8")
     return _State(model, optimizer, metrics, start, average, teaching)
+
+
+def _check_model(run: Path, facts: dict[str, Any], recipe: Recipe) -> None:
+    """Raise ValueError if a state is of a model that computes another function of its weights."""
+    known, wanted = facts.get("config"), _as_json(recipe.model)
+    if known is None:  # of a version that did not note it
+        return
+    if differing := [name for name in wanted if name in known and wanted[name] != known[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"{run}: its state is of a model with {name} {known[name]!r}, [model] has "
+            f"{wanted[name]!r}; write it so, or give another run folder"
+        )
+
+
+def _as_json(config: ModelConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
 
 
 def _run_step(
@@ -341,12 +360,12 @@ def _evaluate_step(state: _State, recipe: Recipe, data: TrainingData) -> dict[st
     return row
 
 
-def _save(state: _State, run: Path, done: int, workers: Workers) -> None:
+def _save(state: _State, recipe: Recipe, run: Path, done: int, workers: Workers) -> None:
     weights = None if state.average is None else state.average.weights
     is_over = state.teaching is not None and state.teaching.is_over
     if state.metrics is not None:
         sync(state.metrics.path)  # before the state that relies on it
-    facts = {"teaching_is_over": is_over}
+    facts = {"teaching_is_over": is_over, "config": _as_json(recipe.model)}
     save_state(run, done, state.model, state.optimizer, weights, workers, **facts)
     if state.metrics is not None:
         plot_losses(state.metrics.rows, run / "loss.png")

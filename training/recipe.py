@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from engine.config import ModelConfig, config_from_dict
 from engine.errors import ConfigError
+from training.upcycling_files import open_model_source
 
 OptimizerName = Literal["adamw", "adafactor", "adafactor_hf", "muon"]
 ObjectiveName = Literal["spans", "prefix_lm", "ul2"]
@@ -73,7 +74,8 @@ class TrainRecipe:
     `balanced_until` is the share of the steps routed by balanced assignment; afterwards routing is
     greedy, as at inference. Half was as good as none, and balanced to the end was worse, by 0.002
     to 0.03 nat (docs/inheritance). `warmup` and `decay` are shares of the steps. `start` is a model
-    directory to begin with, such as a grown one, relative to the recipe; none begins at random.
+    directory to begin with, such as a grown one, relative to the recipe; then [model] may be left
+    out. None begins at random.
 
     `ema` averages the weights of all steps, forgetting by that factor a step; the average is what
     is evaluated and written. `checkpointing` computes blocks again in the backward pass instead of
@@ -250,23 +252,34 @@ def read_tables(path: Path) -> dict[str, Any]:
 
 def parse_recipe(path: Path, tables: dict[str, Any]) -> Recipe:
     """Check the tables of a recipe; `path` is its file. Raises ConfigError as `read_recipe`."""
-    if set(tables) - {"distill"} != {"model", "data", "train"}:
+    if set(tables) - {"distill", "model"} != {"data", "train"}:
         raise ConfigError(f"{path}: tables are {sorted(tables)}; needed: model, data, train")
     try:
-        model, data = (_check_table(tables[name], name) for name in ("model", "data"))
+        model = _check_table(tables["model"], "model") if "model" in tables else None
+        data = _check_table(tables["data"], "data")
         sources = data.pop("sources", [])
         if not isinstance(sources, list):
             raise ConfigError("data.sources is no list; write [[data.sources]]")
         data["sources"] = tuple(build_table(SourceRecipe, item, "data.sources") for item in sources)
+        train = build_table(TrainRecipe, tables["train"], "train")
         return Recipe(
-            model=config_from_dict(model),
+            model=_read_model(path.parent, model, train.start),
             data=build_table(DataRecipe, data, "data"),
-            train=build_table(TrainRecipe, tables["train"], "train"),
+            train=train,
             folder=path.parent,
             distill=_build_distill(tables.get("distill")),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_model(folder: Path, values: dict[str, Any] | None, start: str) -> ModelConfig:
+    """The model of [model]; without one, that of the directory to start from."""
+    if values is not None:
+        return config_from_dict(values)
+    if not start:
+        raise ConfigError("there is no table [model]; without one, [train] needs a start")
+    return open_model_source(folder / start).config
 
 
 def _build_distill(values: object) -> DistillRecipe | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
-ORIGIN = "origin.txt"  # beside a grown start: the model that it grew from
-START = "start"
+ORIGIN = "origin.txt"  # in a run whose state was grown: the run that it grew from
+GROWTH = "growth.json"  # in a grown model
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +74,51 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def sunk_flops(run: Path, seen: frozenset[Path] = frozenset()) -> float:
-    """What the runs behind a run's teachers and start had computed, and those behind them."""
-    seen = seen | {run.resolve()}
+def sunk_flops(run: Path) -> float:
+    """What the runs behind a run's teachers and start had computed, and those behind them.
+
+    Each is charged once, whatever it was good for.
+    """
+    rows = [row for ancestor in ancestors(run) for row in read_rows(ancestor)]
+    return sum(float(row.get("flops", 0) + row.get("teacher_flops", 0)) for row in rows)
+
+
+def ancestors(run: Path) -> set[Path]:
+    """The runs that a run could not have been without, as far as they are still there."""
+    found: set[Path] = set()
+    waiting = [run.resolve()]
+    while waiting:
+        for name in _named(waiting.pop()):
+            source = find_run(name)
+            if source is not None and source != run.resolve() and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _named(run: Path) -> list[Path]:
+    """Models and runs that a run began with or learnt from."""
     try:
         recipe = json.loads((run / "recipe.json").read_bytes())
     except (OSError, ValueError):
-        return 0.0
+        recipe = {"train": {}}
     names = [*recipe.get("distill", {}).get("teachers", []), recipe["train"].get("start", "")]
-    total = 0.0
-    for name in filter(None, names):
-        source = find_run(Path(recipe.get("folder", ".")) / name)
-        if source is not None and source.resolve() not in seen:
-            rows = read_rows(source)
-            total += sum(row.get("flops", 0) + row.get("teacher_flops", 0) for row in rows)
-            total += sunk_flops(source, seen)
-    return total
+    found = [Path(recipe.get("folder", ".")) / name for name in filter(None, names)]
+    origin = run / ORIGIN
+    return [*found, Path(origin.read_text(encoding="utf-8").strip())] if origin.exists() else found
 
 
 def find_run(model: Path) -> Path | None:
-    """The run that a model came from, through growth if it says so; None if that is not known."""
-    origin = model.parent / ORIGIN
-    if model.name == START and origin.exists():
-        return find_run(Path(origin.read_text(encoding="utf-8").strip()))
-    return next((path for path in (model, model.parent) if (path / METRICS).exists()), None)
+    """The run that a model came from, through growth if it has grown; None if that is not known."""
+    record = model / GROWTH
+    if record.exists():
+        try:
+            source = json.loads(record.read_bytes())["steps"][-1]["receipt"]["source"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None  # it does not tell, or is damaged: whoever reads the model complains
+        return find_run((model.resolve() / source).resolve())
+    places = (model.resolve(), model.resolve().parent)
+    return next((path for path in places if (path / METRICS).exists()), None)
 
 
 def make_table(curves: list[RunCurve]) -> list[str]:

@@ -7,23 +7,19 @@ from typing import Any
 
 from training.growth_files import grow_directory
 from training.growth_recipes import read_target
-from training.run_compare import ORIGIN, START
 
 RECEIPT = "receipt.txt"
 STAGE_FILE = "stage.json"
+START = "start"
 
 
 def grow_once(source: Path, growth: Path, out: Path) -> list[str]:
-    """Grow a model to OUT/start, unless that has been done; the lines of the receipt.
-
-    The path of what it grew from stands beside it.
-    """
+    """Grow a model to OUT/start, unless that has been done; the lines of the receipt."""
     receipt = out / RECEIPT
     if not receipt.exists():
         shutil.rmtree(out / START, ignore_errors=True)  # a kill came before the receipt
         out.mkdir(parents=True, exist_ok=True)
         lines = grow_directory(source, read_target(growth), out / START).summary()
-        write_text(out / ORIGIN, f"{source.resolve()}\n")
         write_text(receipt, "\n".join(lines) + "\n")
     return receipt.read_text(encoding="utf-8").splitlines()
 

@@ -18,8 +18,8 @@ from engine.errors import ConfigError
 from engine.model.initial import num_parameters
 from training.loop import OnStep, TrainingData, begin_model, evaluate_groups, open_data, train
 from training.recipe import Recipe, build_table, read_recipe, read_tables
-from training.run_compare import START, read_rows
-from training.stages import grow_once, read_stage, write_stage
+from training.run_compare import read_rows
+from training.stages import START, grow_once, read_stage, write_stage
 from training.vocabulary import build_vocabulary, write_vocabulary
 
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.checkpoint_writer import VOCABULARY_FILES
 from engine.config import ModelConfig, TokenizerKind
+from engine.errors import TokenizerError
 from engine.tokenizer import Tokenizer, open_tokenizer
 from engine.tokenizer_cpm2 import CONTROL_TOKENS, MARKS_TO_TEXT, PIECE_PREFIX, read_vocabulary
 from engine.tokenizer_sentencepiece import SPACE, load_model
 
 SENTINEL = "<sentinel {}>"  # every kind of vocabulary writes them in its own way
+NAMED: tuple[TokenizerKind, ...] = ("cpm2_zh_en", "cpm2_zh", "sentencepiece")
 BYTE_CONTROLS = ("<pad>", "</s>", "<unk>")
 
 
@@ -55,6 +58,26 @@ def open_vocabulary(folder: Path, kind: TokenizerKind) -> Vocabulary:
         pairs[tokenizer.sentinel_id(index)] = (SENTINEL.format(index), "")
     names, texts = zip(*pairs, strict=True)
     return Vocabulary(kind, tokenizer, names, texts)
+
+
+def find_kind(folder: Path) -> TokenizerKind:
+    """The kind of the tokenizer files in a folder.
+
+    Raises TokenizerError if there are none, or their tokens cannot be matched by name.
+    """
+    for kind in NAMED:
+        name = VOCABULARY_FILES[kind]
+        if not (folder / name).exists():
+            continue
+        if kind == "sentencepiece":
+            return kind
+        tokens = read_vocabulary(folder / name)
+        has_pieces = any(
+            token.startswith(PIECE_PREFIX) and token != PIECE_PREFIX for token in tokens
+        )
+        return "cpm2_zh_en" if has_pieces else "cpm2_zh"
+    files = " or ".join(dict.fromkeys(VOCABULARY_FILES[kind] for kind in NAMED))
+    raise TokenizerError(f"{folder}: holds no {files}; name a folder with a vocabulary")
 
 
 def _byte_pairs() -> list[tuple[str, str]]:
