@@ -2,7 +2,9 @@
 # Build the image `cpu` and run it, without a container engine: buildah with chroot isolation.
 #
 # Checks that it starts as a numeric user who cannot write to its root, serves a completion, is
-# healthy by its own command, drains at SIGTERM and exits with 0; tells its size. Needs root.
+# healthy by its own command (while it loads as well), drains at SIGTERM and exits with 0, and that
+# a second start takes the kernels that the first one compiled from /state. Tells its size and how
+# long it takes to be ready. Needs root.
 # Exit: 0 done, 1 a check failed, 77 skipped, with the reason.
 #
 #   WORK=DIR       where images are kept (several GB, removed unless KEEP=1)
@@ -15,6 +17,7 @@ skip() { echo "skipped: $*" >&2; exit 77; }
 fail() { echo "FAILED: $*" >&2; [ -f "$LOG" ] && tail -n 30 "$LOG" >&2; exit 1; }
 
 GOAL_MB=1500
+READY_S=600  # compiling kernels takes some 20 s of a core, and the machine may be busy
 IMAGE=localhost/infmoe:cpu
 BASE_IMAGE=$(sed -n 's/^ARG PYTHON_IMAGE=//p' docker/Dockerfile)
 [ "$(id -u)" = 0 ] || skip "only root can build in a chroot here"
@@ -110,14 +113,16 @@ done
 # capabilities, no way to new ones.
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 scratch=$(mktemp -d)
+chmod 755 "$scratch"
+install -d -o 1000 -g 1000 "$scratch/state"  # a volume: it outlives the container
 cat >"$scratch/run.sh" <<'RUN'
 set -e
-root=$1; shift
+root=$1; state=$2; shift 2
 mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --bind /dev "$root/dev"
 mount -t tmpfs -o size=64m,mode=1777 tmpfs "$root/tmp"
-mount -t tmpfs -o size=64m,uid=1000,gid=1000 tmpfs "$root/state"
+mount --bind "$state" "$root/state"
 mount -t tmpfs -o size=64m,uid=1000,gid=1000 tmpfs "$root/adapters"
 mount -o remount,bind,ro "$root"
 exec chroot "$root" /usr/bin/setpriv --reuid 1000 --regid 1000 --clear-groups --no-new-privs \
@@ -131,22 +136,56 @@ PY
 in_image() {
   exec unshare --mount --propagation private env -i "${image_env[@]}" "INFMOE_PORT=$port" \
     INFMOE_HOST=127.0.0.1 INFMOE_ALLOW_UNAUTHENTICATED=true OMP_NUM_THREADS=1 \
-    bash "$scratch/run.sh" "$root" "$@"
+    bash "$scratch/run.sh" "$root" "$scratch/state" "$@"
 }
 
-(in_image infmoe serve) >"$LOG" 2>&1 &
-server_pid=$!
-for _ in $(seq 300); do
-  curl -fsS "http://127.0.0.1:$port/health/ready" >/dev/null 2>&1 && break
-  kill -0 "$server_pid" 2>/dev/null || fail "the server ended"
-  sleep 0.2
-done
-curl -fsS "http://127.0.0.1:$port/health/ready" >/dev/null || fail "not ready after a minute"
+start() {  # serve in the background and wait until it is ready; sets server_pid and ready_s
+  local begin=$SECONDS is_loading=0
+  (in_image infmoe serve) >"$LOG" 2>&1 &
+  server_pid=$!
+  until curl -fsS "http://127.0.0.1:$port/health/ready" >/dev/null 2>&1; do
+    kill -0 "$server_pid" 2>/dev/null || fail "the server ended"
+    [ $((SECONDS - begin)) -lt $READY_S ] || fail "not ready after $READY_S s"
+    if [ $is_loading = 0 ] && curl -sS "http://127.0.0.1:$port/health/live" >/dev/null 2>&1; then
+      is_loading=1
+      (in_image infmoe health >/dev/null) || fail "infmoe health while it loads"
+    fi
+    sleep 0.2
+  done
+  ready_s=$((SECONDS - begin))
+}
 
-user=$(awk '/^Uid:/ {print $2}' "/proc/$server_pid/status")
-capabilities=$(awk '/^CapEff:/ {print $2}' "/proc/$server_pid/status")
-[ "$user" = 1000 ] || fail "it runs as user $user"
-[ "$capabilities" = 0000000000000000 ] || fail "it has capabilities: $capabilities"
+stop() {  # at SIGTERM it must end, and well
+  local status=0 begin=$SECONDS
+  kill -TERM "$server_pid"
+  wait "$server_pid" || status=$?
+  server_pid=
+  drain_s=$((SECONDS - begin))
+  [ "$status" = 0 ] || fail "exit status $status after SIGTERM"
+}
+
+kernels() {  # what is kept of them, with times
+  find "$scratch/state/cache" -name '*.nb[ic]' -printf '%p %s %T@\n' | sort
+}
+
+complete() {
+  local reply
+  reply=$(curl -fsS "http://127.0.0.1:$port/v1/completions" -H 'content-type: application/json' \
+    -d '{"prompt": "And God said unto Moses,", "max_tokens": 12, "temperature": 0}')
+  python3 -c 'import json, sys; t = json.loads(sys.argv[1])["choices"][0]["text"]; assert t.strip(); print(t)' \
+    "$reply" || fail "the completion: $reply"
+}
+
+start
+first_s=$ready_s
+engine_pid=$(cat "/proc/$server_pid/task/$server_pid/children")
+[ -n "$engine_pid" ] || fail "the engine has no process of its own"
+for pid in $server_pid $engine_pid; do
+  user=$(awk '/^Uid:/ {print $2}' "/proc/$pid/status")
+  capabilities=$(awk '/^CapEff:/ {print $2}' "/proc/$pid/status")
+  [ "$user" = 1000 ] || fail "it runs as user $user"
+  [ "$capabilities" = 0000000000000000 ] || fail "it has capabilities: $capabilities"
+done
 (in_image python -c '
 import os
 assert os.getuid() == 1000
@@ -161,10 +200,7 @@ for path in ("/tmp/probe", "/state/probe", "/adapters/probe"):
 ') || fail "what can be written"
 (in_image infmoe health) || fail "infmoe health"
 
-body='{"prompt": "And God said unto Moses,", "max_tokens": 12, "temperature": 0}'
-reply=$(curl -fsS "http://127.0.0.1:$port/v1/completions" -H 'content-type: application/json' -d "$body")
-python3 -c 'import json, sys; r = json.loads(sys.argv[1]); assert r["choices"][0]["text"].strip(), r' \
-  "$reply" || fail "the completion: $reply"
+answer=$(complete)
 
 # A stream that is under way when the signal comes must reach its end.
 stream='{"prompt": "And God said", "max_tokens": 200, "temperature": 1, "seed": 1, "ignore_eos": true, "stream": true}'
@@ -172,15 +208,21 @@ curl -fsSN "http://127.0.0.1:$port/v1/completions" -H 'content-type: application
   >"$scratch/stream" &
 stream_pid=$!
 for _ in $(seq 100); do [ -s "$scratch/stream" ] && break; sleep 0.02; done
-kill -TERM "$server_pid"
-status=0
-wait "$server_pid" || status=$?
-server_pid=
-[ "$status" = 0 ] || fail "exit status $status after SIGTERM"
+stop
+stream_s=$drain_s
 wait "$stream_pid" || fail "the stream broke off"
 tail -n 3 "$scratch/stream" | grep -q '^data: \[DONE\]' || fail "the stream did not end well"
 (in_image infmoe health) 2>/dev/null && fail "infmoe health says that a dead server is well"
 
+kept=$(kernels)
+[ -n "$kept" ] || fail "no kernels are kept in /state"
+start
+[ "$(complete)" = "$answer" ] || fail "the second start answers otherwise"
+[ "$(kernels)" = "$kept" ] || fail "the second start compiled its kernels again"
+stop
+
 echo "runs as user $user without capabilities on a read-only root; completion, health, drain: ok"
+echo "ready after $first_s s, with the kernels kept after $ready_s s;" \
+  "ended $stream_s s after SIGTERM with a stream under way, $drain_s s without"
 echo "size: $size_mb MB (goal: under $GOAL_MB MB)"
 [ "$size_mb" -lt "$GOAL_MB" ] || fail "larger than the goal"

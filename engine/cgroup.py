@@ -40,7 +40,7 @@ FILES = {
 
 
 class Place(NamedTuple):
-    """The memory group that a process is in, and the version of its hierarchy."""
+    """A group that a process is in, and the version of its hierarchy."""
 
     directory: Path
     version: int
@@ -113,39 +113,62 @@ def limited_group(limit_bytes: int) -> Iterator[MemoryGroup]:
 
 def own_place() -> Place | None:
     """The memory group of this process; None if there is none to be seen."""
-    try:
-        groups = Path("/proc/self/cgroup").read_text()
-        mounts = Path("/proc/self/mountinfo").read_text()
-    except OSError:
-        return None
-    return find_place(groups, mounts)
+    return _read_place(Path("/"), "memory")
 
 
-def find_place(groups: str, mounts: str) -> Place | None:
-    """The memory group that /proc/self/cgroup and mountinfo tell of.
+def own_groups(root: Path, controller: str) -> Iterator[Place]:
+    """The group of this process that a controller goes by, and those above it, all that are seen.
+
+    `root` is where /proc and /sys are looked for; the directories are below it.
+    """
+    place = _read_place(root, controller)
+    if place is None:
+        return
+    directory = root / place.directory.relative_to("/")
+    for above in (directory, *directory.parents):
+        if above == root:
+            return
+        yield Place(above, place.version)
+
+
+def find_place(groups: str, mounts: str, controller: str = "memory") -> Place | None:
+    """The group that /proc/self/cgroup and mountinfo tell of.
 
     `4:memory:/a` with a cgroup mounted on /sys/fs/cgroup/memory gives /sys/fs/cgroup/memory/a, 1;
     `0::/a` with a cgroup2 mounted on /sys/fs/cgroup gives /sys/fs/cgroup/a, 2.
     """
     for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            return _below_mount(mounts, "cgroup", path, 1)
+        if controller in controllers.split(","):
+            return _below_mount(mounts, path, controller)
     for line in groups.splitlines():
         if line.startswith("0::"):
-            return _below_mount(mounts, "cgroup2", line[3:], 2)
+            return _below_mount(mounts, line[3:], None)
     return None
 
 
-def _below_mount(mounts: str, kind: str, path: str, version: int) -> Place | None:
-    """Where a path of a hierarchy is mounted; a container may see a part of it only."""
+def _read_place(root: Path, controller: str) -> Place | None:
+    try:
+        groups = (root / "proc/self/cgroup").read_text()
+        mounts = (root / "proc/self/mountinfo").read_text()
+    except OSError:
+        return None
+    return find_place(groups, mounts, controller)
+
+
+def _below_mount(mounts: str, path: str, controller: str | None) -> Place | None:
+    """Where a path of a hierarchy is mounted; a container may see a part of it only.
+
+    The hierarchy is that of a controller, or without one the only one of version 2.
+    """
+    kind = "cgroup" if controller else "cgroup2"
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         root, mount = left.split()[3:5]
         found, _, options = right.split(" ", 2)  # the middle one, a source, may be empty
-        is_memory = version == 2 or "memory" in options.split(",")
-        if found == kind and is_memory and Path(path).is_relative_to(root):
-            return Place(Path(mount) / Path(path).relative_to(root), version)
+        is_its = controller is None or controller in options.split(",")
+        if found == kind and is_its and Path(path).is_relative_to(root):
+            return Place(Path(mount) / Path(path).relative_to(root), 1 if controller else 2)
     return None
 
 

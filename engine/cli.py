@@ -51,6 +51,7 @@ def generate(  # noqa: PLR0913  the options are the interface
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
     from engine.beam import answer_text, beam_search
+    from engine.cores import set_threads
     from engine.footprint import PREFIX_TOKENS, Workload
     from engine.generation import generate as run
     from engine.loading import load_within, read_storage
@@ -76,6 +77,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     check_tokenizer(tokenizer, config)
     text = sys.stdin.read() if text == "-" else text
     request = build_request(text, tokenizer, config, params, "cli", fill=fill)
+    set_threads(None)
     loaded = load_within(
         model,
         parse_dtype(dtype),

@@ -52,6 +52,7 @@ def score(
 
     A line of JSON for each text. Zero-shot choice by perplexity, as CPM-1 was evaluated.
     """
+    from engine.cores import set_threads
     from engine.loading import load_within, read_storage
     from engine.model.dtypes import parse_dtype
     from engine.scoring import score as run
@@ -65,6 +66,7 @@ def score(
     tokenizer = open_tokenizer(model, config.tokenizer)
     questions = [_question(item, tokenizer, config) for item in items]
     budget = None if memory is None else parse_bytes(memory)
+    set_threads(None)
     loaded = load_within(model, parse_dtype(dtype), budget, None)
     right = 0
     for item, scores in zip(items, run(loaded.model, tokenizer, questions), strict=True):

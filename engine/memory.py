@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.cgroup import find_place
+from engine.cgroup import own_groups
 from engine.errors import ConfigError
 from engine.units import format_bytes
 
@@ -166,19 +166,9 @@ def gpu_budget(asked: int, gpu: GpuMemory, context_bytes: int) -> int:
 
 def _groups(root: Path) -> Iterator[_Group]:
     """The memory group of this process and those above it, as far as they are to be seen."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text()
-        mounts = (root / "proc/self/mountinfo").read_text()
-    except OSError:
-        return
-    place = find_place(groups, mounts)
-    if place is None:
-        return
-    directory = root / place.directory.relative_to("/")
-    for above in (directory, *directory.parents):
-        if above == root:
-            return
-        group = _read_group(above, NAMES[place.version], above.relative_to(root))
+    for place in own_groups(root, "memory"):
+        shown = place.directory.relative_to(root)
+        group = _read_group(place.directory, NAMES[place.version], shown)
         if group is not None:
             yield group
 

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import set_num_threads
-
+from engine.cores import set_threads
 from engine.footprint import largest_workload
 from engine.grammar_vocabulary import grammar_vocabulary
 from engine.loading import load_within, read_storage
@@ -32,7 +31,7 @@ def start_worker(options: EngineOptions, deliver: Callable[[Told], None] = put_a
         report_phase("reading weights")
         # before the weights: these are memory of the process, which the plan counts; and the first
         # request with a grammar should not wait for what takes up to a second
-        stored = read_storage(options.model).config
+        stored = read_storage(options.model, max_model_len=options.max_model_len).config
         config = replace(stored, max_model_len=options.max_model_len or 0)
         tokenizer = open_tokenizer(options.model, config.tokenizer)
         grammar_vocabulary(tokenizer)  # type: ignore[arg-type]  # as all objects it has a hash
@@ -48,6 +47,7 @@ def start_worker(options: EngineOptions, deliver: Callable[[Told], None] = put_a
             max_rows=options.max_rows,
             invariant=options.invariant,
             beside_bytes=options.beside_bytes,
+            max_model_len=options.max_model_len,
         )
         loaded.model.config = replace(loaded.model.config, max_model_len=config.max_model_len)
         close = loaded.close
@@ -70,7 +70,6 @@ def start_worker(options: EngineOptions, deliver: Callable[[Told], None] = put_a
         limits=Limits(max_rows=options.max_rows, encoder_cache_bytes=options.encoder_cache),
         deliver=deliver,
     )
-    if options.threads is not None:
-        set_num_threads(options.threads)  # before there is a thread that computes
+    set_threads(options.threads)
     worker.start()
     return worker

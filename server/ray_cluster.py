@@ -1,8 +1,8 @@
 """How much of Ray a service takes. Imports nothing of Ray: mistakes are told before it loads."""
 
-import os
 from dataclasses import dataclass
 
+from engine.cores import usable_cores
 from engine.errors import ConfigError
 
 
@@ -24,10 +24,10 @@ class Cluster:
                 f"at most {self.max_replicas} replicas are fewer than the {self.replicas} to begin "
                 "with; raise --max-replicas"
             )
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         needed = self.max_replicas * self.replica_cpus
         if self.address is None and needed > cores:
             raise ConfigError(
-                f"{self.max_replicas} replicas of {self.replica_cpus:g} CPUs need {needed:g}; this "
-                f"machine has {cores}: lower --replica-cpus, or join more machines by --address"
+                f"{self.max_replicas} replicas of {self.replica_cpus:g} CPUs need {needed:g}; "
+                f"there are {cores} here: lower --replica-cpus, or join more machines by --address"
             )

@@ -1,7 +1,6 @@
 """An application of Ray Serve: an ingress and replicas, and Ray itself where there is none yet."""
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
+from engine.cores import usable_cores
 from engine.errors import EngineError
 from server.ray_cluster import Cluster
 from server.ray_ingress import Ingress
@@ -104,7 +104,7 @@ def connected(settings: Settings, cluster: Cluster) -> Iterator[None]:
     own = {
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "num_cpus": os.cpu_count() or 1,
+        "num_cpus": usable_cores(),
     }
     try:
         ray.init(

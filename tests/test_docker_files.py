@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from engine.request import Piece
-from server.lifecycle import CLOSE_S, open_socket
+from server.lifecycle import CLOSE_S
 from server.settings import Settings, is_loopback
 from server.settings_sources import read_settings
 from tests.deploy_tools import DOCKER, ROOT, find_compose, find_tool, require_well, run_tool
 from tests.fakes import HOLD, FakeEngine, finished, live_server
+from tests.ports import free_port
 
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 COMPOSE = ROOT / "docker-compose.yml"
@@ -183,10 +184,10 @@ def test_the_gpu_is_reserved_and_its_pinned_memory_is_counted(monkeypatch):
 
 
 def test_with_keys_nobody_comes_in_without_one(monkeypatch, tmp_path):
-    for name in ("keys.toml", "metrics.key"):
+    for name in ("keys.jsonl", "metrics.key"):
         (tmp_path / name).touch()
     files = {
-        "KEYS_FILE": str(tmp_path / "keys.toml"),
+        "KEYS_FILE": str(tmp_path / "keys.jsonl"),
         "METRICS_KEY_FILE": str(tmp_path / "metrics.key"),
     }
     services = compose(COMPOSE, KEYED, **files)
@@ -210,9 +211,7 @@ def test_caddy_accepts_its_file():
 
 def test_streams_pass_the_proxy_as_they_come_and_metrics_stay_inside(tmp_path):
     caddy = find_tool("caddy")
-    with open_socket("127.0.0.1", 0) as probe:
-        port = probe.getsockname()[1]
-    site = f"http://127.0.0.1:{port}"
+    site = f"http://127.0.0.1:{free_port()}"
     engine = FakeEngine(
         lambda request: [Piece("a", (1,)), HOLD, Piece("b", (2,)), finished(request)]
     )
@@ -230,18 +229,18 @@ def test_streams_pass_the_proxy_as_they_come_and_metrics_stay_inside(tmp_path):
                 if "serving initial configuration" in line:
                     break
             body = {"prompt": "ab", "stream": True}
-            with httpx2.stream("POST", f"{site}/v1/completions", json=body, timeout=60) as reply:
+            with httpx2.stream("POST", f"{site}/v1/completions", json=body, timeout=300) as reply:
                 lines = reply.iter_lines()
                 assert '"a"' in next(lines)  # while the engine still waits
-                assert engine.held.wait(60)
+                assert engine.held.wait(300)
                 engine.release()
                 assert [line for line in lines if line][-1] == "data: [DONE]"
-            assert httpx2.get(f"{site}/health/ready", timeout=60).status_code == 200
+            assert httpx2.get(f"{site}/health/ready", timeout=300).status_code == 200
             for path in ("/metrics", "/admin/adapters"):
-                assert httpx2.get(f"{site}{path}", timeout=60).status_code == 404
+                assert httpx2.get(f"{site}{path}", timeout=300).status_code == 404
         finally:
             proxy.terminate()
-            proxy.communicate(timeout=60)
+            proxy.communicate(timeout=300)
     assert proxy.returncode == 0
 
 

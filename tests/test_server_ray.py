@@ -32,7 +32,7 @@ def run_command(*arguments, preamble=""):
         f"import sys\n{preamble}\nfrom server.__main__ import main\nmain({['ray', *arguments]!r})"
     )
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_without_ray_one_line_says_what_to_install():
@@ -49,7 +49,7 @@ def test_without_ray_one_line_says_what_to_install():
         (("models/demo", "--replicas", "0"), 1, "0 replicas serve nobody"),
         (("no/such/model",), 1, "is not a directory"),
         (("models/demo", "--host", "0.0.0.0"), 1, "no key is set"),
-        (("models/demo", "--keys-file", "no/keys.toml"), 1, "no/keys.toml"),
+        (("models/demo", "--keys-file", "no/keys.jsonl"), 1, "no/keys.jsonl"),
         (("models/demo", "--set", "record_routing=x.npz"), 1, "replicas cannot share"),
         ((), 2, "give a model directory"),
     ],
@@ -152,7 +152,7 @@ def ask(handle, path=URL, body=b'{"model": "m"}', method="POST", leaves=False, *
             sent.append(message)
 
         app = build_ingress(handle, Settings(**settings))
-        await asyncio.wait_for(app(scope, receive, send), 60)
+        await asyncio.wait_for(app(scope, receive, send), 300)
 
     asyncio.run(run())
     return sent
@@ -326,6 +326,8 @@ class Service:
         self.home = home  # short: Ray keeps sockets below it, whose paths have a limit
         self.env = {
             **os.environ,
+            # kernels that the tests began by compiling, wherever they are kept
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
             "HOME": str(home),  # Ray writes the secret of its cluster there
             "RAY_TMPDIR": str(home),
             "INFMOE_ADAPTERS": str(adapters),
@@ -348,7 +350,7 @@ class Service:
             assert self.process.poll() is None, self.log.read_text()
             return GREETING.search(self.log.read_text())
 
-        self.url = wait_for(greeting)[1]
+        self.url = wait_for(greeting, 300.0)[1]
 
     def replicas(self):
         names = descendants(self.process.pid)
@@ -360,11 +362,11 @@ class Service:
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
+                self.process.wait(300)
         for pid in (self.process.pid, *left):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(60)
+        self.process.wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +388,7 @@ def service():
 
 def post(service, **fields):
     body = {"prompt": "In the beginning", "max_tokens": 4, "temperature": 0, **fields}
-    return httpx2.post(f"{service.url}{URL}", json=body, timeout=60)
+    return httpx2.post(f"{service.url}{URL}", json=body, timeout=300)
 
 
 def frames_of(text):
@@ -396,7 +398,7 @@ def frames_of(text):
 
 
 def metric(service, name):
-    text = httpx2.get(f"{service.url}/metrics", timeout=60).text
+    text = httpx2.get(f"{service.url}/metrics", timeout=300).text
     return {
         line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
         for line in text.splitlines()
@@ -427,7 +429,7 @@ def test_requests_for_an_adapter_go_to_who_holds_it(service):
 def test_errors_come_through_as_they_are(service):
     reply = post(service, model="nobody")
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
-    reply = httpx2.post(f"{service.url}{URL}", content=b"x", timeout=60)
+    reply = httpx2.post(f"{service.url}{URL}", content=b"x", timeout=300)
     assert (reply.status_code, reply.json()["error"]["code"]) == (415, "unsupported_content_type")
 
 
@@ -436,7 +438,7 @@ def test_a_client_that_hangs_up_frees_its_row(service):
     name = 'infmoe_finished_total{reason="cancelled"'
     before = sum(metric(service, name).values())
     body = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=60) as reply:
+    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=300) as reply:
         next(reply.iter_bytes())
     wait_for(lambda: sum(metric(service, name).values()) == before + 1)
 
@@ -502,7 +504,7 @@ def test_an_update_that_cannot_load_changes_nothing(service):
     command = [sys.executable, "-m", "server", "ray", str(broken), "--address", "auto"]
     command += ["--replicas", "2", "--replica-cpus", "0.1"]
     done = subprocess.run(
-        command, cwd=ROOT, env=service.env, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=service.env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert "infmoe: error: the replicas do not start" in done.stderr
@@ -515,11 +517,11 @@ def test_the_end_waits_for_what_is_under_way_and_leaves_nothing(service):
     everything = descendants(service.process.pid)
     assert any("gcs_server" in name for name in everything.values())
     body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True, "stream": True}
-    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=60) as reply:
+    with httpx2.stream("POST", f"{service.url}{URL}", json=body, timeout=300) as reply:
         pieces = reply.iter_text()
         text = next(pieces)
         service.process.terminate()
         text += "".join(pieces)
     assert frames_of(text)[-1]["choices"][0]["finish_reason"] == "length"
-    assert service.process.wait(60) == 0, service.log.read_text()
+    assert service.process.wait(300) == 0, service.log.read_text()
     wait_for(lambda: not any(is_running(pid) for pid in everything))

@@ -4,6 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from engine.errors import ConfigError
+from server import ray_cluster
 from server.ray_calls import Call, is_held, rank_replicas, wanted_adapter
 from server.ray_cluster import Cluster
 from server.ray_metrics import merge_metrics
@@ -141,6 +142,13 @@ def test_metrics_that_one_replica_refuses_are_refused():
 def test_cluster_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         Cluster(**options)
+
+
+def test_replicas_here_share_the_cores_that_there_are(monkeypatch):
+    monkeypatch.setattr(ray_cluster, "usable_cores", lambda: 2)  # a quota may leave that few
+    Cluster(replicas=2, max_replicas=2)
+    with pytest.raises(ConfigError, match="need 3; there are 2 here"):
+        Cluster(replicas=2, max_replicas=3)
 
 
 def test_a_cluster_elsewhere_may_have_more_cpus():
