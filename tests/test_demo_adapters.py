@@ -2,11 +2,19 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from engine.checkpoint import load_model
+from engine.prepare import prepare
+from engine.tokenizer import open_tokenizer
+from engine.worker import LoadedModel, Worker
+from tests.fakes import live_server
+from tests.waiting import wait_for
 from training.adapter_tools import check_adapter, show_adapter
+from training.served import evaluate_served
 from training.task_data import SOURCES
 from training.tasks import open_task
 from training.tune_run import evaluate_model, read_tune_recipe
@@ -69,3 +77,43 @@ def test_plain_cases_are_told_apart(tmp_path, name):
     )
     report = evaluate_model(DEMO, rows, task, ADAPTERS / name)
     assert report.answers == tuple(label for _, label in ROWS[name])
+
+
+BEGINNINGS = ("房间不错", "早餐很差", "位置很好", "服务态度差", "这本书内容很好", "电脑外观漂亮")
+NEXT = ("价格也便宜", "但是有点贵", "离地铁很近", "包装很好", "物流太慢")
+
+
+@pytest.fixture(scope="module")
+def served():
+    """The demo behind a server, in bf16 as it is stored, with kernels."""
+    model = load_model(DEMO)
+    prepare(model)
+    assert model.kernels is not None
+    loaded = LoadedModel(model, open_tokenizer(DEMO, model.config.tokenizer))
+    worker = Worker("demo", lambda _: loaded)
+    worker.start()
+    try:
+        wait_for(lambda: worker.state == "ready")
+        with live_server(worker, adapters=ADAPTERS) as url:
+            yield url
+    finally:
+        worker.drain(5.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_server_gives_the_answers_of_the_command(tmp_path, served, name):
+    """Also in bf16, where torch without kernels rounds, and so writes, otherwise."""
+    task = open_task(
+        json.loads((ADAPTERS / name / "infmoe_adapter.json").read_text("utf-8"))["task"]
+    )
+    rows = tmp_path / "rows.jsonl"
+    label = next(iter(task.labels), "很好")
+    texts = [f"{first}，{second}，" for first, second in product(BEGINNINGS, NEXT)]
+    lines = [json.dumps({"text": text, task.answer.column: label}) for text in texts]
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    here = evaluate_model(DEMO, rows, task, ADAPTERS / name, rows=7)
+    there = evaluate_served(served, rows, task, name)
+    assert there.answers == here.answers
+    assert there.summary() == here.summary()
+    if task.kind == "generate":
+        assert len(set(here.answers)) > 3

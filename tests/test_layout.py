@@ -15,7 +15,10 @@ ALLOWED = {
     "offload": {"offload"},
     "training": {"training", "engine"},
 }
-TRAINING_MAY = ("config", "errors", "tokenizer", "checkpoint", "model", "experts", "adapters")
+TRAINING_MAY = (
+    *("config", "errors", "tokenizer", "checkpoint", "model", "experts", "adapters"),
+    "prepare",  # tasks are scored as they are served
+)
 
 
 def imported(path: Path) -> set[str]:

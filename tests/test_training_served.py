@@ -12,6 +12,7 @@ import torch
 from engine.adapters import Slots
 from engine.checkpoint import load_model, save_model
 from engine.checkpoint_any import load_any
+from engine.prepare import prepare
 from server.__main__ import main
 from server.keys import hash_key, write_keys
 from server.schemas_keys import KeyRecord
@@ -125,6 +126,14 @@ def tuned(tmp_path_factory):
     return root, twin, reports
 
 
+def load_served(path):
+    """A model as `infmoe serve` readies it: answers come from compiled kernels."""
+    model = load_model(path)
+    prepare(model)
+    assert model.kernels is not None
+    return model
+
+
 class PeftScorer:
     """Asks a model of Hugging Face with the prompt that PEFT put in front of it."""
 
@@ -169,7 +178,7 @@ def test_a_tuned_prompt_scores_the_same_wherever_it_is_asked(tuned, one):
     model, rows, adapter = root / "model", root / "rows.jsonl", root / "adapters" / one.name
     trained = reports[one.name]
     command = evaluate_model(model, rows, one, adapter, rows=5)
-    loaded = load_model(model)
+    loaded = load_served(model)
     with tiny_worker(loaded) as worker, live_server(worker, adapters=root / "adapters") as url:
         served = evaluate_served(url, rows, one, one.name, rows=7)
         without = evaluate_served(url, rows, one)
@@ -188,7 +197,8 @@ def test_texts_that_are_ranked_and_choices_of_a_row_are_asked_as_well(tmp_path, 
     save_model(tiny_model(MOE), tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     here = evaluate_model(tmp_path / "model", rows, one)
-    with tiny_worker() as worker, live_server(worker) as url:
+    loaded = load_served(tmp_path / "model")
+    with tiny_worker(loaded) as worker, live_server(worker) as url:
         there = evaluate_served(url, rows, one)
     assert there.summary() == here.summary()
     assert there.answers == here.answers

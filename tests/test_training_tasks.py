@@ -165,14 +165,22 @@ def test_what_closes_an_answer_is_the_models_own():
         ("a.csv", b"", "a.csv: holds no row"),
         ("a.csv", b"a,b,y\n", "holds no row"),
         ("a.csv", b"a,b\n1,2\n", "a.csv, line 2: has no column 'y'; it has a, b"),
-        ("a.csv", b"a,b,y\n1,2\n", "a.csv, line 2: has no column 'y'"),
+        ("a.csv", b"a,b,y\n1,2\n", "a.csv, line 2: column 'y' has no value"),
+        ("a.csv", b"a,b,y,y\n1,2,0,1\n", "a.csv, line 1: has two columns 'y'; rename one"),
+        ("a.csv", b"a,b,y\n1,2,0\n1,\x00,0\n", "a.csv, line 3: has a zero byte"),
+        ("a.csv", "a,b,y\n1,2,0\n".encode("utf-16"), "line 1: is not UTF-8 .*iconv -f UTF-16"),
         ("a.csv", b"a,b,y\n1,2,0,4\n", "a.csv, line 2: has more fields"),
         ("a.csv", b'a,b,y\n1,"2"x,0\n', "a.csv, line 2: "),
         ("a.csv", b"a,b,y\n1,2,5\n", "a.csv, line 2: label '5' is unknown; known: 0, 1"),
         ("a.tsv", "a\tb\ty\n一\t二\t0\n".encode("gb18030"), "a.tsv, line 2: is not UTF-8"),
         ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2: is no JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: holds no object"),
-        ("a.jsonl", b'{"a": "1", "b": "2", "y": null}\n', "line 1: has no column 'y'"),
+        ("a.jsonl", b'{"a": "1", "b": "2", "y": null}\n', "line 1: column 'y' has no value"),
+        ("a.jsonl", b'{"a": "1", "b": "2", "y": 1, "y": 0}\n', "line 1: .*'y' is there twice"),
+        ("a.jsonl", b'{"a": {"c": 1}, "b": "2", "y": 1}\n', "line 1: column 'a' holds .*'c'"),
+        ("a.jsonl", b'{"a": ["c", null], "b": "2", "y": 1}\n', "'a' holds nothing; expected text"),
+        ("a.jsonl", b'{"a": NaN, "b": "2", "y": 1}\n', "line 1: column 'a' holds nan; expected"),
+        ("a.jsonl", b'{"a": "\\ud800", "b": "2", "y": 1}\n', "column 'a' holds half of a pair"),
         ("a.json", b"3", "a.json: holds no list"),
         ("a.json", b"[", "a.json: is no JSON"),
         ("a.json", b"[[1, 2]]", r"expected an object, or \[\[text\]"),
@@ -191,9 +199,19 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     (tmp_path / "r.tsv").write_text('a\tb\ty\nx, y\tsay "b"\t1\n二\tc\t0\n', encoding="utf-8")
     write(tmp_path / "r.jsonl", *rows)
     (tmp_path / "r.json").write_text(json.dumps(rows), encoding="utf-8")
-    for name in ("r.csv", "r.tsv", "r.jsonl", "r.json"):
+    crlf = (tmp_path / "r.csv").read_text(encoding="utf-8").replace("\n", "\r\n")
+    (tmp_path / "crlf.CSV").write_text(crlf, encoding="utf-8", newline="")
+    for name in ("r.csv", "r.tsv", "r.jsonl", "r.json", "crlf.CSV"):
         found = read_rows(tmp_path / name, ("a", "b", "y"))
         assert [row.values for row in found] == rows, name
+
+
+def test_a_row_ends_where_its_line_does(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text('a,b,y\n"x\ny",b\u2028c\x85d,1\nz,e,7\n', encoding="utf-8")
+    (first, second) = read_rows(path, ("a",))
+    assert first.values == {"a": "x\ny", "b": "b\u2028c\x85d", "y": "1"}
+    assert (first.line, second.line) == (3, 4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -233,10 +251,38 @@ def test_words_that_the_tokenizer_cannot_spell_are_told(tmp_path):
         make_slots(pair(template="{a}M{middle}{b}"), Narrow(), 0, 1, 0)
 
 
+def test_labels_of_many_tokens_are_scored_in_full_up_to_the_limit(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"a": "x", "b": "y", "y": 0})
+    long = "no" * 100
+    task = pair(labels={"0": long, "1": long[:-1]})  # alike but for the last of 200 tokens
+    (example,) = examples(path, task, DENSE)
+    assert [len(word) for group in example.words for word in group] == [200, 199]
+    scorer = Scorer(tiny_model(DENSE), TOKENIZER)
+    (scores,) = scorer.label_scores([example], task)
+    logs = scorer.target_logprobs(scorer.encode(example.sources), [0], [example.words[0][0]])[0]
+    assert scores[0].item() == pytest.approx(logs.sum().item(), abs=1e-3)
+    assert scores[1].item() == pytest.approx(logs[:-1].sum().item(), abs=1e-3)
+    with pytest.raises(ConfigError, match="label '0': 'nono.*' has 600 tokens; the limit is 246"):
+        examples(path, pair(labels={"0": long * 3, "1": "yes"}), DENSE, 10)
+    writing = pair(kind="generate", metric="bleu", labels={}, template="{a}", max_tokens=999)
+    write(path, {"a": "x", "y": long * 3})
+    with pytest.raises(ValueError, match="line 1: 'nono.*' has 600 tokens; the limit is 256"):
+        examples(path, writing, DENSE)
+
+
+def test_labels_that_have_the_same_tokens_are_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"a": "x", "b": "y", "y": 0})
+    with pytest.raises(ConfigError, match="tokens of 'no' stand for the labels '0' and '1'"):
+        examples(path, pair(labels={"0": ["nay", "no"], "1": ["yes", "no"]}))
+
+
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
         ({"a": "x", "y": " "}, {"kind": "generate"}, "line 1: y is empty"),
+        ({"a": "x", "y": ["b"]}, {"kind": "generate"}, "line 1: y is a list; expected a text"),
+        ({"d": ["x", "z"], "y": ["1", 0]}, {"kind": "rank"}, "y holds '1'; expected numbers"),
+        ({"d": ["x", "z"], "y": [-1, 0]}, {"kind": "rank"}, "y holds -1; expected numbers"),
         ({"a": "x", "y": "long"}, {"kind": "generate", "max_tokens": 3}, "has 5 tokens; max_tok"),
         ({"a": ["x"] * 9, "y": 0}, {"lists": {"a": {"numbers": "12"}}}, "9 items; there are 2"),
         ({"a": "x", "y": 0}, {"answer": {"column": "y", "choices_from": "a"}}, "a is no list"),
@@ -296,6 +342,8 @@ def test_a_text_without_the_mark_is_told(tmp_path):
         ({"labels": {"0": []}}, "label '0' has no words"),
         ({"labels": {"0": 3}}, "labels: 0 is 3"),
         ({"lists": {"a": 3}}, "lists.a is 3"),
+        ({"lists": {"a": {"numbers": 3}}}, "lists.a: numbers is 3"),
+        ({"cut": "c"}, "cut is 'c'; expected a field of the template"),
         ({"slots": {"left": 3}}, "slots: left = 3"),
         ({"kind": "generate", "metric": "bleu"}, "a generate task has none"),
         ({"kind": "rank", "metric": "mrr"}, "a ranking needs one label"),

@@ -380,7 +380,9 @@ def test_a_prompt_starts_from_another_one_that_fits(tmp_path):
     many = replace(wanted, out=tmp_path / "c", settings=replace(settings, front=9))
     with pytest.raises(ConfigError, match=r"asked for are \(9, 0, 0\)"):
         run_tune(many)
-    with pytest.raises(ConfigError, match="give an adapter's folder"):
+    with pytest.raises(
+        ConfigError, match="give the folder of an adapter or of several, or one of: random"
+    ):
         run_tune(replace(many, settings=replace(settings, init="nothing")))
 
 
@@ -390,6 +392,9 @@ def test_a_prompt_starts_from_another_one_that_fits(tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"patience": -1}, "patience is -1"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'; allowed: constant, linear"),
+        ({"mask": "none"}, "mask is 'none'; allowed: full, prompt_blind, text_blind"),
+        ({"mask": "text_blind", "full": True}, "mask text_blind is for a frozen model"),
         ({"clip": 0}, "clip is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     ],
@@ -397,6 +402,63 @@ def test_a_prompt_starts_from_another_one_that_fits(tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         TuneSettings(**settings)
+
+
+def test_a_linear_schedule_ends_at_nothing(tmp_path):
+    settings = TuneSettings(steps=4, schedule="linear", learning_rate=0.4)
+    assert [settings.rate_at(step) for step in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert TuneSettings(steps=4).rate_at(3) == 0.3
+    wanted = plan(tmp_path, steps=4, schedule="linear", learning_rate=0.4)
+    run_tune(wanted)
+    constant = replace(wanted.settings, schedule="constant")
+    run_tune(replace(wanted, out=tmp_path / "b", settings=constant))
+    one, other = (load_adapter(tmp_path / n, DENSE, torch.float32).prompt_PD for n in ("out", "b"))
+    assert not torch.equal(one, other)
+    more = replace(wanted.settings, steps=6)  # whose first steps have other rates
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run_tune(replace(wanted, out=tmp_path / "c", run=wanted.run_folder, settings=more))
+
+
+def test_of_several_prompts_the_one_that_does_best_is_the_start(tmp_path):
+    wanted = plan(tmp_path, steps=1)
+    rows = read_examples(wanted.data, PAIR, TOKENIZER, DENSE, 4)
+    model = tiny_model(DENSE)
+    losses = {}
+    for seed in range(3):
+        prompt, folder = random_prompt(SLOTS, seed), tmp_path / "all" / f"p{seed}"
+        write_adapter(folder, prompt.prompt_PD, DENSE, AdapterFacts(slots=SLOTS))
+        with torch.no_grad():
+            loss, count = Scorer(model, TOKENIZER, prompt).loss(rows, PAIR)
+        losses[str(folder)] = loss.item() / count
+    write_adapter(
+        tmp_path / "all" / "z", torch.zeros(1, 32), DENSE, AdapterFacts(slots=Slots(front=1))
+    )
+    settings = replace(wanted.settings, init=str(tmp_path / "all"), learning_rate=1e-12)
+    found = run_tune(replace(wanted, settings=settings)).starts
+    assert found == pytest.approx(losses, rel=1e-4)  # the one of other slots was not asked for
+    best = min(losses, key=losses.__getitem__)
+    assert next(iter(found)) == best
+    one, other = (load_adapter(p, DENSE, torch.float32) for p in (wanted.out, Path(best)))
+    assert torch.allclose(one.prompt_PD, other.prompt_PD)
+    (tmp_path / "bare").mkdir()
+    no_such = replace(settings, front=7, middle=None, back=None)
+    with pytest.raises(ConfigError, match=r"no prompt there has \(7, 0, 0\) vectors"):
+        run_tune(replace(wanted, out=tmp_path / "n", settings=no_such))
+    no_such = replace(settings, init=str(tmp_path / "bare"))
+    with pytest.raises(CheckpointError, match="bare"):
+        run_tune(replace(wanted, out=tmp_path / "n", settings=no_such))
+
+
+def test_behind_a_mask_a_prompt_is_scored_and_not_written(tmp_path):
+    wanted = plan(tmp_path, steps=2, mask="prompt_blind")
+    outcome = run_tune(wanted)
+    assert outcome.adapter is None
+    told = json.loads((wanted.out / "report.json").read_text(encoding="utf-8"))
+    assert [path.name for path in wanted.out.iterdir()] == ["report.json"]
+    assert told["mask"] == "prompt_blind"
+    assert told["score"]["value"] == outcome.report.score.value
+    with pytest.raises(ConfigError, match="give rows to score it by"):
+        run_tune(replace(wanted, out=tmp_path / "n", dev=None))
 
 
 def test_each_pass_takes_every_row_once():

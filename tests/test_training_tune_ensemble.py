@@ -105,6 +105,8 @@ def test_what_cannot_be_voted_on_is_refused(tmp_path):
     for kind, vote in ((write, "mean"), (THREE, "loudest")):
         with pytest.raises(ConfigError, match="vote is 'loudest'|choose among labels"):
             check_vote(kind, vote)
+    with pytest.raises(ConfigError, match="behind a mask none is written"):
+        tune_members(plan(tmp_path, mask="text_blind"), 2)
     with pytest.raises(ConfigError, match="leave out --full or --members"):
         tune_members(plan(tmp_path, full=True), 2)
 

@@ -30,16 +30,24 @@ def tune(  # noqa: PLR0913  options of a command
     steps: Annotated[int, typer.Option(min=1)] = 3000,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 32,
     init: Annotated[
-        str, typer.Option(help="random, text, labels, frequent, or an adapter.")
+        str,
+        typer.Option(help="random, text, labels, frequent, an adapter, or a folder of several."),
     ] = "labels",
     front: Annotated[int | None, typer.Option(min=0, help="Vectors before the text.")] = None,
     middle: Annotated[int | None, typer.Option(min=0, help="Vectors at {middle}.")] = None,
     back: Annotated[int | None, typer.Option(min=0, help="Vectors behind the text.")] = None,
     optimizer: Annotated[Literal["adafactor", "adam"], typer.Option()] = "adafactor",
     learning_rate: Annotated[float | None, typer.Option(help="Default: 0.3 or 0.005.")] = None,
+    schedule: Annotated[
+        Literal["constant", "linear"], typer.Option(help="Of the rate; linear: down to 0.")
+    ] = "constant",
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
     patience: Annotated[int, typer.Option(min=0, help="Evaluations without gain; 0: all.")] = 10,
     full: Annotated[bool, typer.Option("--full", help="Train the weights as well.")] = False,
+    mask: Annotated[
+        Literal["full", "prompt_blind", "text_blind"],
+        typer.Option(help="For an ablation: who cannot see whom. Writes a report, no adapter."),
+    ] = "full",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     version: Annotated[str, typer.Option(help="Version of the adapter.")] = "1",
     dtype: Annotated[DtypeName | None, typer.Option(help="Default: as stored.")] = None,
@@ -54,7 +62,8 @@ def tune(  # noqa: PLR0913  options of a command
     """Train a soft prompt for a task in front of a frozen model, and write it as an adapter.
 
     Stopped and started again with the same words it goes on. With --full and an adapter as --init:
-    the prompt first, then all weights with it. Several --members choose together.
+    the prompt first, then all weights with it. Several --members choose together. From a folder of
+    adapters as --init it starts from the one that does the task best as it is.
     """
     from engine.model.dtypes import parse_dtype
     from training.tasks import open_task
@@ -87,6 +96,8 @@ def tune(  # noqa: PLR0913  options of a command
                 back=back,
                 optimizer=optimizer,
                 learning_rate=learning_rate,
+                schedule=schedule,
+                mask=mask,
                 eval_every=eval_every,
                 patience=patience,
                 full=full,
@@ -98,6 +109,8 @@ def tune(  # noqa: PLR0913  options of a command
         outcome = _tune_members(plan, members) if members > 1 else run_tune(plan, _report)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
+    for number, (name, loss) in enumerate(outcome.starts.items()):
+        typer.echo(f"{'' if number else 'began from '}{name}: loss {loss:.4f} untrained", err=True)
     share = outcome.num_trained / outcome.num_parameters
     typer.echo(
         f"{outcome.num_trained:,} parameters trained, {share:.3%} of the model's; "

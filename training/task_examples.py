@@ -143,13 +143,24 @@ class _Maker:
         self.reader = reader
         self.mark = reader.spell(task.mark)[-1:] if task.mark else []
         self.words: dict[str, Ids] = {}
-        for label, words in task.labels.items():  # before any row: no row is to blame
+        self.most = limit  # tokens of a word or an answer
+        self._check_labels()  # before any row: no row is to blame
+        self.limit = min(task.max_input_tokens, limit - self._room())
+
+    def _check_labels(self) -> None:
+        """Raise ConfigError for words that cannot be spelled, or that two labels have in common."""
+        known: dict[Ids, str] = {}
+        for label, words in self.task.labels.items():
             for word in words:
                 try:
-                    self.spell(word)
+                    other = known.setdefault(self.spell(word), label)
                 except ValueError as error:
-                    raise ConfigError(f"task {task.name}, label {label!r}: {error}") from error
-        self.limit = min(task.max_input_tokens, limit - self._room())
+                    raise ConfigError(f"task {self.task.name}, label {label!r}: {error}") from error
+                if other != label:
+                    raise ConfigError(
+                        f"task {self.task.name}: the tokens of {word!r} stand for the labels "
+                        f"{other!r} and {label!r}; give one of them another word"
+                    )
 
     def _room(self) -> int:
         """Positions that an answer may take behind a text, where both are in one row."""
@@ -178,12 +189,15 @@ class _Maker:
     def spell(self, word: str, before: str = "") -> Ids:
         """Ids of a word behind a text.
 
-        Raises ValueError if the tokenizer has none for a part of it.
+        Raises ValueError if the tokenizer has none for a part of it, or they are too many.
         """
         if self.reader.is_decoder_only and needs_space(before, word):
             word = f" {word}"
         if word not in self.words:
-            self.words[word] = tuple(self.reader.spell(word))
+            ids = tuple(self.reader.spell(word))
+            if len(ids) > self.most:
+                raise ValueError(f"{word[:40]!r} has {len(ids)} tokens; the limit is {self.most}")
+            self.words[word] = ids
         return self.words[word]
 
     def _make_choice(self, row: Row) -> Example:
@@ -269,6 +283,8 @@ class _Maker:
                 raise ValueError(f"{answer.column} and {answer.gains} must be lists")
         if len(texts) < 2 or len(texts) != len(gains):
             raise ValueError(f"{len(texts)} texts with {len(gains)} gains; two or more of each")
+        if bad := [one for one in gains if type(one) not in (int, float) or one < 0]:
+            raise ValueError(f"{answer.gains} holds {bad[0]!r}; expected numbers, 0 or more")
         found = [self._source(dict(values) | {"text": text}) for text in texts]
         (words,) = self.task.labels.values()
         # of a decoder-only model the words are the same after each text: as after the first
@@ -277,9 +293,12 @@ class _Maker:
         return Example(row.line, sources, (spelled,), tuple(self.task.labels), gains=tuple(gains))
 
     def _answer_text(self, values: Mapping[str, Any]) -> str:
-        text = str(values[self.task.answer.column])
+        column = self.task.answer.column
+        if isinstance(values[column], list | tuple):
+            raise ValueError(f"{column} is a list; expected a text")
+        text = str(values[column])
         if not text.strip():
-            raise ValueError(f"{self.task.answer.column} is empty")
+            raise ValueError(f"{column} is empty")
         return text
 
     def _source(self, values: Mapping[str, Any]) -> tuple[str, Ids]:

@@ -1,8 +1,11 @@
 """Rows of labelled data from CSV, TSV, JSON, JSON lines or a folder of Hugging Face datasets."""
 
 import csv
+import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +19,20 @@ class Row(NamedTuple):
 
 
 READERS = (".csv", ".tsv", ".jsonl", ".json")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such files begin with
 BLANK = re.compile(r"#idiom\d*#")  # of ChID; with a number where the answers are in another file
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """All rows of a file or folder, each with the columns that are named.
 
-    Raises ValueError, naming file and line, if it is empty, a column is missing, or it cannot be
-    read as what its name says, in UTF-8.
+    Raises ValueError, naming file and line, if it is empty, a column is missing or twice there, a
+    value is no text, number or list, or it cannot be read as what its name says, in UTF-8.
     """
+    suffix = path.suffix.lower()
     if path.is_dir():
         rows = _read_datasets(path)
-    elif path.suffix not in READERS:
+    elif suffix not in READERS:
         raise ValueError(f"{path}: is of no known kind; allowed: {', '.join(READERS)}, a folder")
     else:
         read: dict[str, Callable[[Path, str], Iterator[Row]]] = {
@@ -36,37 +41,72 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
             ".jsonl": _read_lines,
             ".json": _read_array,
         }
-        rows = list(read[path.suffix](path, _read_text(path)))
+        rows = list(read[suffix](path, _read_text(path)))
     if not rows:
         raise ValueError(f"{path}: holds no row")
     for row in rows:
         for column in columns:
-            if row.values.get(column) is None:
-                known = ", ".join(str(key) for key in row.values)
-                raise ValueError(
-                    f"{path}, line {row.line}: has no column {column!r}; it has {known or 'none'}"
-                )
+            try:
+                _check_value(row.values, column)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {row.line}: {error}") from error
     return rows
+
+
+def _check_value(values: dict[str, Any], column: str) -> None:
+    """Raise ValueError unless a row has a column, and text, a number or a list of these in it."""
+    if column not in values:
+        known = ", ".join(str(key) for key in values)
+        raise ValueError(f"has no column {column!r}; it has {known or 'none'}")
+    if values[column] is None:
+        raise ValueError(f"column {column!r} has no value")
+    if (what := _find_odd(values[column])) is not None:
+        raise ValueError(f"column {column!r} holds {what}; expected text, a number or a list")
+
+
+def _find_odd(value: object) -> str | None:
+    """What a value is or holds that is neither text nor a number, if anything."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can write it, no file can
+            return "half of a pair of surrogates"
+        return None
+    if isinstance(value, list | tuple):
+        return next((what for one in value if (what := _find_odd(one)) is not None), None)
+    if isinstance(value, int | float):
+        return None if math.isfinite(value) else f"{value}"
+    return "nothing" if value is None else f"{str(value)[:40]!r}"
 
 
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
+        kind = "UTF-16" if data.startswith(UTF_16) else "GB18030"
         raise ValueError(
             f"{path}, line {line}: is not UTF-8 (byte {data[error.start]:#04x}); convert the file, "
-            "for example with iconv -f GB18030 -t UTF-8"
+            f"for example with iconv -f {kind} -t UTF-8"
         ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"{path}, line {line}: has a zero byte: it is in UTF-16, or no text; convert the file"
+        )
+    return text
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
     is_tsv = path.suffix == ".tsv"
     # in a TSV of this kind a quotation mark is a character as any other
     how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True, **how)
+    # lines end as csv says: not at U+2028 and the like, which texts hold
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **how)
     try:
+        names = reader.fieldnames or ()
+        _check_names(path, reader.line_num, names)
         for values in reader:
             if None in values:
                 raise ValueError(f"{path}, line {reader.line_num}: has more fields than the header")
@@ -75,12 +115,31 @@ def _read_csv(path: Path, text: str) -> Iterator[Row]:
         raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from error
 
 
+def _check_names(path: Path, line: int, names: Sequence[str]) -> None:
+    """Raise ValueError for a name that stands there twice: one of the two would be lost."""
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise ValueError(f"{path}, line {line}: has two columns {twice[0]!r}; rename one")
+
+
+def _load_json(text: str) -> Any:
+    """Raise ValueError for what is no JSON, and for an object with two of one name."""
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = Counter(name for name, _ in pairs)
+            raise ValueError(f"{names.most_common(1)[0][0]!r} is there twice")
+        return values
+
+    return json.loads(text, object_pairs_hook=build)
+
+
 def _read_lines(path: Path, text: str) -> Iterator[Row]:
     answers: dict[str, Any] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                values = json.loads(line)
+                values = _load_json(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: is no JSON: {error}") from error
             values = _object(path, number, values)
@@ -100,7 +159,7 @@ def _read_array(path: Path, text: str) -> Iterator[Row]:
         yield from _read_lines(path, text)
         return
     try:
-        items = json.loads(text)
+        items = _load_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON: {error}") from error
     if not isinstance(items, list):

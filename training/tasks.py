@@ -106,6 +106,10 @@ class Task:
         self._check_continuation()
         if self.template.count("{middle}") > 1:
             raise ConfigError("the template has {middle} more than once")
+        if self.cut is not None and f"{{{self.cut}}}" not in self.template + (
+            self.continuation or ""
+        ):
+            raise ConfigError(f"cut is {self.cut!r}; expected a field of the template")
         if "{middle}" in self.template and not self.mark:
             raise ConfigError("before {middle} the template needs a text that marks the place")
 
@@ -210,7 +214,11 @@ def _words(label: str, words: object) -> tuple[str, ...]:
 def _lists(values: object, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"lists.{name} is {values!r}; expected a table")
-    numbers = values.get("numbers", ())
+    numbers = values.get("numbers", "")
+    if not isinstance(numbers, str | list) or not all(isinstance(one, str) for one in numbers):
+        raise ConfigError(
+            f"lists.{name}: numbers is {numbers!r}; expected a text or a list of texts"
+        )
     return values | {"numbers": tuple(numbers)}  # a text gives its characters
 
 

@@ -26,9 +26,11 @@ from training.state import load_state, save_state
 from training.task_eval import TaskReport, evaluate_task
 from training.task_examples import Example
 from training.tasks import Task
+from training.tune_masks import Mask
 from training.tune_model import Scorer, SoftPrompt
 
 OptimizerName = Literal["adafactor", "adam"]
+Schedule = Literal["constant", "linear"]
 # constant rates: Lester's, CPM-2's for most tasks; of all weights: T5's, and above CPM-2's 5e-6
 RATES = {("adafactor", False): 0.3, ("adam", False): 0.005}
 FULL_RATES = {("adafactor", True): 1e-3, ("adam", True): 1e-5}
@@ -41,7 +43,8 @@ OnStep = Callable[[dict[str, Any]], None]
 class TuneSettings:
     """How a prompt is trained. `patience` is in evaluations; 0 never stops early.
 
-    With `full` the weights are trained, and the prompt with them if there is one.
+    With `full` the weights are trained, and the prompt with them if there is one. A `linear`
+    schedule lowers the rate from step to step, to 0 after the last. `mask`: see `tune_masks`.
     """
 
     steps: int = 3000
@@ -49,7 +52,9 @@ class TuneSettings:
     accumulation: int = 1
     optimizer: OptimizerName = "adafactor"
     learning_rate: float | None = None
+    schedule: Schedule = "constant"
     init: str = "labels"
+    mask: Mask = "full"
     front: int | None = None
     middle: int | None = None
     back: int | None = None
@@ -70,18 +75,28 @@ class TuneSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 0):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 0 or more")
-        if self.optimizer not in get_args(OptimizerName):
-            allowed = ", ".join(get_args(OptimizerName))
-            raise ConfigError(f"optimizer is {self.optimizer!r}; allowed: {allowed}")
         for name in ("clip", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ConfigError(f"{name} is {value!r}; it must be above 0")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name, kind in (("optimizer", OptimizerName), ("schedule", Schedule), ("mask", Mask)):
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+        if self.full and self.mask != "full":
+            raise ConfigError(f"mask {self.mask} is for a frozen model; do not train its weights")
 
     @property
     def rate(self) -> float:
         """The learning rate, given or the usual one."""
         return self.learning_rate or (RATES | FULL_RATES)[self.optimizer, self.full]
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step; the first is 0."""
+        return self.rate * (1 - step / self.steps if self.schedule == "linear" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +250,8 @@ def _take_step(
         raise FloatingPointError(
             f"step {step + 1}: the loss is no number any more; lower the learning rate"
         )
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate_at(step)
     optimizer.step()
     return total / count
 

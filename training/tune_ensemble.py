@@ -14,6 +14,7 @@ import torch
 
 from engine.adapters import load_adapter, model_fingerprint
 from engine.errors import ConfigError
+from engine.prepare import prepare
 from engine.tokenizer import open_tokenizer
 from training.growth_files import check_free, read_model_config
 from training.task_eval import Replies, TaskReport, ask, judge
@@ -93,6 +94,7 @@ def evaluate_ensemble(
         if not is_any_base_allowed:
             for adapter in adapters:
                 load_adapter(adapter, config, torch.float32, fingerprint=model_fingerprint(model))
+        prepare(model)
         scorers = [Scorer(model, tokenizer, prompt_of(adapter)) for adapter in found]
         return judge_ensemble(scorers, examples, task, vote, rows)
 
@@ -106,6 +108,8 @@ def tune_members(
     Raises ConfigError if the task cannot be voted on, or all weights are to be tuned.
     """
     check_vote(plan.task, "mean")
+    if plan.settings.mask != "full":
+        raise ConfigError("an ensemble is of adapters, and behind a mask none is written")
     if plan.settings.full:
         raise ConfigError("an ensemble shares one frozen model; leave out --full or --members")
     check_free(plan.out)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ from engine.experts import load_offloaded
 from engine.model.initial import num_parameters
 from engine.model.transformer import Transformer
 from engine.model_paths import find_model
+from engine.prepare import prepare
 from engine.tokenizer import Tokenizer, open_tokenizer
 from training.growth_files import check_free, read_model_config
 from training.process_memory import peak_memory
 from training.recipe import build_table, read_tables
 from training.task_eval import TaskReport, evaluate_task
-from training.task_examples import make_slots, read_examples
+from training.task_examples import Example, read_examples
 from training.tasks import Task, open_task
 from training.tune import OnStep, TuneData, TuneSettings, tune
 from training.tune_files import AdapterFacts, write_adapter
 from training.tune_model import Scorer, SoftPrompt, check_slots
-from training.tune_start import STARTS, start_prompt
+from training.tune_start import STARTS, find_losses, find_starts, start_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,11 @@ class TunePlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run came to. `peak_bytes` is what the process, or its device, held at most."""
+    """What a run came to. `peak_bytes` is what the process, or its device, held at most.
+
+    `starts` are the prompts that it could start from, if there were several, with their losses: the
+    first is the one that it did start from.
+    """
 
     report: TaskReport | None
     num_trained: int
@@ -63,6 +68,7 @@ class Outcome:
     adapter: Path | None
     model: Path | None
     peak_bytes: int = 0
+    starts: dict[str, float] = field(default_factory=dict)
 
 
 RECIPE_KEYS = ("model", "data", "out", "task", "dev", "run", "version")
@@ -107,31 +113,34 @@ def run_tune(plan: TunePlan, on_step: OnStep = lambda _: None) -> Outcome:
     """Tune as planned. All data is checked before the model is loaded.
 
     Without `full` an adapter is written to `out`; with it the folders `model` and, if the run began
-    from an adapter, `adapter` in it.
+    from an adapter, `adapter` in it. With a mask a report of the dev rows is written, no adapter.
     Raises ValueError or an EngineError child for data, settings or files that do not fit.
     """
     settings, task = plan.settings, plan.task
     check_free(plan.out)
     config = read_model_config(plan.model)
     tokenizer = open_tokenizer(plan.model, config.tokenizer)
-    slots = _slots(plan, config, tokenizer)
-    vectors = slots.num_vectors if slots else 0
-    if slots is not None:
+    starts = _starts(plan, config, tokenizer)
+    vectors = max((slots.num_vectors for slots in starts.values()), default=0)
+    for slots in starts.values():
         check_slots(slots, config)
+    if settings.mask != "full" and plan.dev is None:
+        raise ConfigError("a prompt behind a mask is only scored: give rows to score it by, --dev")
     train = read_examples(plan.data, task, tokenizer, config, vectors)
     dev = read_examples(plan.dev, task, tokenizer, config, vectors) if plan.dev else []
     with open_model(plan.model, plan.dtype, plan.experts_bytes) as model:
-        prompt = None
-        if slots is not None:
-            prompt = start_prompt(
-                settings.init, slots, model, tokenizer, task, train, settings.seed
-            )
+        prompt, losses = _start(plan, starts, model, tokenizer, train)
         scorer = Scorer(model, tokenizer, prompt)
         fingerprint = model_fingerprint(model)  # before the weights change
         key = _key(plan, fingerprint)
         report = tune(scorer, TuneData(train, dev), task, settings, plan.run_folder, key, on_step)
         peak_bytes = peak_memory(model.embedding.weight.device)
-        return replace(_write(plan, scorer, report), peak_bytes=peak_bytes)
+        total = num_parameters(model)
+        if report is not None and not settings.full and settings.mask == "full":
+            prepare(model)  # the score is told as a server will find it
+            report = evaluate_task(scorer, dev, task, settings.rows)
+        outcome = _write(plan, scorer, report, total, fingerprint)
+        return replace(outcome, peak_bytes=peak_bytes, starts=losses)
 
 
 def evaluate_model(
@@ -144,7 +153,10 @@ def evaluate_model(
     *,
     is_any_base_allowed: bool = False,
 ) -> TaskReport:
-    """How well a model directory does a task, with or without an adapter."""
+    """How well a model directory does a task, with or without an adapter.
+
+    It is computed as a server computes, also in bf16, where other ways round otherwise.
+    """
     config = read_model_config(path)
     tokenizer = open_tokenizer(path, config.tokenizer)
     found = None if adapter is None else load_adapter(adapter, config, torch.float32)
@@ -154,6 +166,7 @@ def evaluate_model(
         if adapter is not None and not is_any_base_allowed:
             load_adapter(adapter, config, torch.float32, fingerprint=model_fingerprint(model))
         prompt = None if found is None else prompt_of(found)
+        prepare(model)
         return evaluate_task(Scorer(model, tokenizer, prompt), examples, task, rows)
 
 
@@ -175,25 +188,40 @@ def open_model(
         yield model
 
 
-def _slots(plan: TunePlan, config: ModelConfig, tokenizer: Tokenizer) -> Slots | None:
-    """Where vectors go; none for full fine-tuning that begins from no adapter."""
+def _starts(plan: TunePlan, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Slots]:
+    """What the prompt may start from; none for full fine-tuning that begins from no adapter."""
     settings = plan.settings
+    if settings.full and settings.init in STARTS:
+        return {}
     counts = (settings.front, settings.middle, settings.back)
-    if settings.init in STARTS:
-        return None if settings.full else make_slots(plan.task, tokenizer, *counts)
-    path = Path(settings.init)
-    if not path.is_dir():
-        known = ", ".join(STARTS)
-        raise ConfigError(f"init is {settings.init!r}; give an adapter's folder or one of: {known}")
-    if counts == (None, None, None):
-        found = load_adapter(path, config, torch.float32).slots
-        counts = (found.front, found.middle, found.back)
-    return make_slots(plan.task, tokenizer, *counts)
+    return find_starts(settings.init, counts, plan.task, tokenizer, config)
+
+
+def _start(
+    plan: TunePlan,
+    starts: dict[str, Slots],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+) -> tuple[SoftPrompt | None, dict[str, float]]:
+    """The prompt to train, if any; of several the one of the least loss, with all losses."""
+    prompts = {}
+    for name, slots in starts.items():
+        prompts[name] = start_prompt(
+            name, slots, model, tokenizer, plan.task, examples, plan.settings.seed
+        )
+        prompts[name].mask = plan.settings.mask
+    losses = {}
+    if len(prompts) > 1:
+        losses = find_losses(prompts, model, tokenizer, plan.task, examples, plan.settings.rows)
+    return prompts.get(next(iter(losses or prompts), "")), losses
 
 
 def _key(plan: TunePlan, fingerprint: str) -> str:
     """Tells runs apart: settings, task, data and model."""
-    settings = {name: value for name, value in asdict(plan.settings).items() if name != "steps"}
+    settings = asdict(plan.settings)
+    if plan.settings.schedule == "constant":  # then more steps change none of those before
+        del settings["steps"]
     told = [json.dumps(settings, sort_keys=True), repr(plan.task), fingerprint, str(plan.dtype)]
     digest = hashlib.sha256("\n".join(told).encode())
     for path in (plan.data, plan.dev):
@@ -205,11 +233,17 @@ def _key(plan: TunePlan, fingerprint: str) -> str:
     return digest.hexdigest()
 
 
-def _write(plan: TunePlan, scorer: Scorer, report: TaskReport | None) -> Outcome:
+def _write(
+    plan: TunePlan, scorer: Scorer, report: TaskReport | None, total: int, fingerprint: str
+) -> Outcome:
+    """Write the adapter, and with `full` the model; `fingerprint` is that of a frozen one."""
     model, prompt, task = scorer.model, scorer.prompt, plan.task
-    total = num_parameters(model)
     trained = prompt.prompt_PD.numel() if prompt is not None else 0
     folder = None
+    if plan.settings.mask != "full":
+        assert report is not None
+        _write_report(plan.out, plan.settings.mask, report)
+        return Outcome(report, trained, total, None, None)
     if plan.settings.full:
         trained += sum(p.numel() for p in model.parameters() if p.requires_grad)
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -226,7 +260,7 @@ def _write(plan: TunePlan, scorer: Scorer, report: TaskReport | None) -> Outcome
         facts = AdapterFacts(
             slots=prompt.slots,
             version=plan.version,
-            base_fingerprint=model_fingerprint(model),
+            base_fingerprint=model_fingerprint(model) if plan.settings.full else fingerprint,
             base_name=plan.model.name,
             defaults={"max_tokens": task.max_tokens, "temperature": 0.0} if is_text else {},
             about=about,
@@ -235,3 +269,10 @@ def _write(plan: TunePlan, scorer: Scorer, report: TaskReport | None) -> Outcome
         load_adapter(folder, model.config, torch.float32)  # what cannot be read is told here
     written = plan.out / "model" if plan.settings.full else None
     return Outcome(report, trained, total, folder, written)
+
+
+def _write_report(folder: Path, mask: str, report: TaskReport) -> None:
+    """What came of a prompt that nobody serves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"mask": mask} | report.as_json(), ensure_ascii=False, indent=2)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")

@@ -1,5 +1,7 @@
 """What a soft prompt starts from: random numbers, tokens of a text or of labels, another prompt.
 
+Of several other prompts it is the one that does the new task best before it is trained.
+
 Shape letters: P vectors, D model width.
 """
 
@@ -10,18 +12,75 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.adapters import Slots, load_adapter, model_fingerprint
+from engine.adapters import PEFT_CONFIG, Slots, load_adapter, model_fingerprint
+from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer
-from training.task_examples import Example
+from training.task_examples import Example, make_slots
 from training.task_readers import Ids
 from training.tasks import FIELD, Task
-from training.tune_model import SoftPrompt
+from training.tune_model import Scorer, SoftPrompt, batches
 
 STARTS = ("random", "text", "labels", "frequent")
 MOST_FREQUENT = 5000
 HALF_WIDTH = 0.5
+TRIED_ROWS = 256  # that other prompts are compared by
+
+Counts = tuple[int | None, int | None, int | None]  # vectors in front, middle, back; as asked
+
+
+def find_starts(
+    start: str, counts: Counts, task: Task, tokenizer: Tokenizer, config: ModelConfig
+) -> dict[str, Slots]:
+    """What a prompt may start from, with the slots that it would have.
+
+    `start` is one of `STARTS`, the path of an adapter or of a directory of adapters. Of the latter
+    it is those with as many vectors as are asked for.
+    Raises ConfigError if there is none, CheckpointError for an adapter that cannot be read.
+    """
+    if start in STARTS:
+        return {start: make_slots(task, tokenizer, *counts)}
+    path = Path(start)
+    if not path.is_dir():
+        raise ConfigError(
+            f"init is {start!r}; give the folder of an adapter or of several, or one of: "
+            f"{', '.join(STARTS)}"
+        )
+    below = sorted([*path.glob(f"*/{PEFT_CONFIG}"), *path.glob(f"*/*/{PEFT_CONFIG}")])
+    is_one = (path / PEFT_CONFIG).exists() or not below
+    found = {}
+    for one in [path] if is_one else [file.parent for file in below]:
+        slots = load_adapter(one, config, torch.float32).slots
+        own = (slots.front, slots.middle, slots.back)
+        asked = own if counts == (None, None, None) else tuple(count or 0 for count in counts)
+        if is_one or own == asked:
+            found[str(one)] = make_slots(task, tokenizer, *asked)
+    if not found:
+        raise ConfigError(f"{path}: no prompt there has {asked} vectors in front, middle and back")
+    return found
+
+
+@torch.no_grad()
+def find_losses(
+    prompts: dict[str, SoftPrompt],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    rows: int,
+) -> dict[str, float]:
+    """The loss of each prompt on some examples, without training; the best first.
+
+    Source: after SPoT (arXiv:2110.07904), which starts from the prompt of another task.
+    """
+    some = examples[:TRIED_ROWS]
+    losses = {}
+    for name, prompt in prompts.items():
+        scorer = Scorer(model, tokenizer, prompt)
+        parts = [scorer.loss([some[i] for i in group], task) for group in batches(some, rows)]
+        losses[name] = sum(loss.item() for loss, _ in parts) / sum(count for _, count in parts)
+    return dict(sorted(losses.items(), key=lambda pair: pair[1]))
 
 
 def start_prompt(
@@ -36,7 +95,7 @@ def start_prompt(
     """Vectors to begin with; `start` is one of `STARTS` or the path of an adapter.
 
     Of texts and labels come as many as there are, then frequent tokens of the data.
-    Raises ConfigError for an unknown start, CheckpointError if an adapter does not fit.
+    Raises ConfigError if an adapter has other slots, CheckpointError if it does not fit.
     Source: Lester et al. (arXiv:2104.08691): labels, 5,000 most frequent tokens, +-0.5.
     """
     if start not in STARTS:
@@ -68,10 +127,6 @@ def start_prompt(
 
 def _load(start: str, slots: Slots, model: Transformer) -> Tensor:
     path = Path(start)
-    if not path.is_dir():
-        raise ConfigError(
-            f"init is {start!r}; give the folder of an adapter or one of: {', '.join(STARTS)}"
-        )
     fingerprint = model_fingerprint(model)
     adapter = load_adapter(path, model.config, torch.float32, fingerprint=fingerprint)
     counts = [(one.front, one.middle, one.back) for one in (adapter.slots, slots)]
