@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("numba")
 
+from engine.kernels import warm
+
 NORM = """
     import os
     import numpy as np
@@ -59,3 +61,47 @@ def test_code_is_kept_and_found_again(tmp_path):
     assert kept
     assert run({"XDG_CACHE_HOME": str(tmp_path)}) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")} == kept
+
+
+WARM = """
+    import sys
+    from engine.kernels import warm
+
+    warm.compile_elsewhere()
+    print(len(warm.work.signatures), "torch" in sys.modules)
+    warm.compile_work()
+    print(sum(warm.work.stats.cache_hits.values()), sum(warm.work.stats.cache_misses.values()))
+"""
+
+
+def test_another_process_compiles_what_this_one_then_finds(tmp_path):
+    """Twice: the second time there is nothing to do."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(WARM)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            timeout=900,
+        )
+        assert done.stdout.split("\n")[:2] == ["0 False", "1 0"]
+        kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")}
+        assert any(path.name.startswith("program.work-") for path in kept)
+        environment["PATH"] = "/nowhere"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")} == kept
+
+
+def test_where_no_process_can_be_started_this_one_compiles(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(warm, "cache_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    warm.compile_elsewhere()
+    assert "compiled by this process" in caplog.text
+
+
+def test_it_is_told_where_nothing_can_be_kept(monkeypatch, caplog):
+    monkeypatch.setattr(warm, "cache_directory", str)
+    warm.compile_elsewhere()
+    assert "cannot be kept" in caplog.text
