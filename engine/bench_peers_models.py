@@ -21,8 +21,10 @@ from torch import Tensor
 from engine.bench_offload import check_space, tell
 from engine.bench_peers_gguf import EXPERTS_PER_TOKEN, write_gguf
 from engine.checkpoint_gguf import GgufTensors, open_gguf
-from engine.checkpoint_gguf_header import GgufHeader, read_header
-from engine.checkpoint_gguf_names import MIXTRAL, hf_config, hf_names
+from engine.checkpoint_gguf_config import hf_config
+from engine.checkpoint_gguf_header import GgufHeader
+from engine.checkpoint_gguf_names import MIXTRAL, hf_names
+from engine.checkpoint_gguf_parts import open_header
 from engine.checkpoint_tensors import INDEX
 from engine.convert import convert
 from engine.units import format_bytes
@@ -53,8 +55,8 @@ class Paths(NamedTuple):
 
 def open_source(path: Path) -> Source:
     """Open the GGUF file of a dense Llama. Raises CheckpointError, or ValueError if it is none."""
-    header = read_header(path)
-    values = hf_config(header, None)
+    header = open_header(path)
+    values = hf_config(header, {})
     if values["model_type"] != "llama":
         raise ValueError(f"{path}: is no dense Llama; only such a one is made a Mixtral of")
     tensors = GgufTensors(header, hf_names(header, values))

@@ -122,15 +122,17 @@ def load_model(
     dtype: torch.dtype | None = None,
     experts: ExpertSource | None = None,
     on_bytes: OnBytes = ignore_bytes,
+    config: ModelConfig | None = None,
 ) -> Transformer:
     """Build the model of a native directory on the CPU; dtype None keeps the stored one.
 
+    `config` is the model's own, maybe for longer texts.
     With `experts` given (offloaded ones) only the rest is read; else all are held in memory.
     Raises CheckpointError if a tensor is missing, left over, misshapen or damaged.
     """
     source = open_native(directory, on_bytes)
     dtype = dtype or source.dtype
-    config = source.config
+    config = config or source.config
     return build_model(str(directory), config, dtype, source.dense(), source.experts, experts)
 
 

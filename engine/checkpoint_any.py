@@ -11,6 +11,7 @@ from engine.checkpoint_gguf import GgufSource, open_gguf
 from engine.checkpoint_hf import HuggingFaceSource, is_huggingface, open_huggingface
 from engine.checkpoint_ranks import find_iteration
 from engine.checkpoint_writer import CONFIG
+from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.transformer import Transformer
 from engine.model_paths import find_gguf
@@ -49,21 +50,25 @@ def open_foreign(path: Path, *, allow_pickles: bool = False) -> HuggingFaceSourc
 
 
 def load_any(
-    path: Path, dtype: torch.dtype | None = None, on_bytes: OnBytes = ignore_bytes
+    path: Path,
+    dtype: torch.dtype | None = None,
+    on_bytes: OnBytes = ignore_bytes,
+    config: ModelConfig | None = None,
 ) -> Transformer:
     """Build the model of a directory of any kind, as it is; dtype None keeps the stored one.
 
+    `config` is the model's own, maybe for longer texts; see `lengthen`.
     Raises CheckpointError if its weights are pickles, which only a conversion reads.
     """
     kind = detect_kind(path)
     if kind == "cpm":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind == "native":
-        return load_model(path, dtype, on_bytes=on_bytes)
+        return load_model(path, dtype, on_bytes=on_bytes, config=config)
     source = open_foreign(path)
     dtype = dtype or source.dtype
     dense = _told(source.dense(), on_bytes)
-    return build_model(str(path), source.config, dtype, dense, source.experts)
+    return build_model(str(path), config or source.config, dtype, dense, source.experts)
 
 
 def _told(dense: Iterable[tuple[str, Tensor]], on_bytes: OnBytes) -> Iterator[tuple[str, Tensor]]:

@@ -1,16 +1,16 @@
 """GGUF files, read in Hugging Face's terms, one tensor or one expert at a time; dequantised."""
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.checkpoint_gguf_header import GgufHeader, Place, load_gguf_package, read_header
-from engine.checkpoint_gguf_names import FREQUENCIES, Origin, hf_config, hf_names
+from engine.checkpoint_gguf_config import hf_config
+from engine.checkpoint_gguf_header import GgufHeader, Place, load_gguf_package
+from engine.checkpoint_gguf_names import VECTORS, Origin, hf_names
+from engine.checkpoint_gguf_parts import open_header
 from engine.checkpoint_gguf_tokenizer import (
     begin_token_ids,
     tokenizer_config,
@@ -30,6 +30,9 @@ FLOATS: dict[str, torch.dtype] = {  # formats that are no quantised ones
 }
 
 
+CHUNK_BYTES = 8 << 20  # dequantised at once
+
+
 class GgufTensors:
     """The tensors of a GGUF file by the names that Hugging Face gives them.
 
@@ -44,8 +47,8 @@ class GgufTensors:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The file."""
-        return (self._header.path,)
+        """The file, or its parts."""
+        return self._header.files
 
     def names(self) -> list[str]:
         """Hugging Face's names, sorted."""
@@ -53,38 +56,29 @@ class GgufTensors:
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that holds a tensor; bf16 for a quantised one."""
-        return FLOATS.get(self._format(self._place(name).kind), torch.bfloat16)
+        return FLOATS.get(self._format(self._places(name)[0].kind), torch.bfloat16)
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor that is not read."""
-        shape = self._place(name).shape
-        return (1, *shape) if self._origins[name].is_row else shape
+        parts = (torch.empty(place.shape, device="meta") for place in self._places(name))
+        return tuple(self._origins[name].make(*parts).shape)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor; pairs of rows that turn together are put where Hugging Face has them."""
-        tensor = self._read(self._place(name)).reshape(self.shape(name))
-        heads = self._origins[name].interleaved_heads
-        if not heads:
-            return tensor
-        # (heads, half, 2, ...) -> (heads, 2, half, ...): rows 0 1 2 3 of a head become 0 2 1 3
-        pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-        return pairs.transpose(1, 2).reshape(tensor.shape)
+        """Read a tensor, made of those of the file as its origin tells."""
+        return self._origins[name].make(*map(self._read, self._places(name)))
 
     def row(self, name: str, index: int) -> Tensor:
-        """One of a tensor's first dimension."""
-        return self.tensor(name)[index]
+        """One of a tensor's first dimension, and no more of the file than that."""
+        rows = (self._read(_row(place, index)) for place in self._places(name))
+        return self._origins[name].make(*rows)
 
-    def _place(self, name: str) -> Place:
+    def _places(self, name: str) -> list[Place]:
         origin = self._origins[name]
-        place = self._header.places[origin.name]
-        if origin.row is None:
-            return place
-        num_bytes = place.num_bytes // place.shape[0]
-        start = place.offset + origin.row * num_bytes
-        return place._replace(shape=place.shape[1:], offset=start, num_bytes=num_bytes)
+        places = [self._header.places[part] for part in origin.parts]
+        return places if origin.row is None else [_row(place, origin.row) for place in places]
 
     def _read(self, place: Place) -> Tensor:
-        path, kind = self._header.path, place.kind
+        path, kind = place.path, place.kind
         with translated(path, "read"):
             data = np.fromfile(path, np.uint8, place.num_bytes, offset=place.offset)
         if len(data) < place.num_bytes:
@@ -93,7 +87,11 @@ class GgufTensors:
         if dtype is not None:
             return torch.from_numpy(data).view(dtype).reshape(place.shape)
         rows = data.reshape(-1, place.num_bytes * place.shape[-1] // _count(place))
-        floats: NDArray[np.float32] = self._package.dequantize(rows, self._kind(kind))
+        floats = np.empty((len(rows), place.shape[-1]), np.float32)
+        step = max(CHUNK_BYTES // rows.shape[1], 1)  # dequantising takes several times as much
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            floats[start : start + step] = self._package.dequantize(part, self._kind(kind))
         return torch.from_numpy(floats.reshape(place.shape))
 
     def _kind(self, kind: int) -> object:
@@ -136,7 +134,7 @@ class GgufSource:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The file."""
+        """The file, or its parts."""
         return self._source.files
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
@@ -154,9 +152,9 @@ def open_gguf(path: Path) -> GgufSource:
     Raises CheckpointError if it is damaged, or of an architecture or of formats that are not
     supported.
     """
-    header = _header(path)
+    header = open_header(path)
     formats = _read_formats(header)
-    values = hf_config(header, _frequencies(header))
+    values = hf_config(header, _vectors(header))
     tensors = GgufTensors(header, hf_names(header, values))
     try:
         source = make_source(path, values, lambda _: tensors, lambda _: begin_token_ids(header))
@@ -167,24 +165,12 @@ def open_gguf(path: Path) -> GgufSource:
 
 def open_gguf_tokenizer(path: Path) -> JsonTokenizer:
     """The tokenizer of a GGUF file. Raises CheckpointError or TokenizerError."""
-    return make_json_tokenizer(str(path), tokenizer_texts(_header(path)).tokenizer)
+    return make_json_tokenizer(str(path), tokenizer_texts(open_header(path)).tokenizer)
 
 
 def read_gguf_tokenizer_config(path: Path) -> dict[str, object]:
     """What `tokenizer_config.json` would hold. Raises CheckpointError."""
-    return tokenizer_config(_header(path))
-
-
-def _header(path: Path) -> GgufHeader:
-    """The header, which plan, load, tokenizer and template want, once for as long as it is so."""
-    with translated(path, "read"):
-        stat = path.stat()
-    return _read_header(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _read_header(path: Path, _size: int, _changed: int) -> GgufHeader:
-    return read_header(path)
+    return tokenizer_config(open_header(path))
 
 
 def _read_formats(header: GgufHeader) -> set[str]:
@@ -205,12 +191,18 @@ def _read_formats(header: GgufHeader) -> set[str]:
     return {name.name for name in names}
 
 
-def _frequencies(header: GgufHeader) -> list[float] | None:
-    if FREQUENCIES not in header.places:
-        return None
-    tensors = GgufTensors(header, {FREQUENCIES: Origin(FREQUENCIES)})
-    divisors: list[float] = tensors.tensor(FREQUENCIES).double().tolist()
-    return divisors
+def _vectors(header: GgufHeader) -> dict[str, list[float]]:
+    """The tensors that belong to the config."""
+    names = [name for name in VECTORS if name in header.places]
+    tensors = GgufTensors(header, {name: Origin((name,)) for name in names})
+    return {name: tensors.tensor(name).double().tolist() for name in names}
+
+
+def _row(place: Place, index: int) -> Place:
+    """Where one of the first dimension lies."""
+    num_bytes = place.num_bytes // place.shape[0]
+    start = place.offset + index * num_bytes
+    return place._replace(shape=place.shape[1:], offset=start, num_bytes=num_bytes)
 
 
 def _count(place: Place) -> int:

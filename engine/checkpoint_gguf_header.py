@@ -45,8 +45,9 @@ Value = str | int | float | list[str] | list[int] | list[float]
 
 
 class Place(NamedTuple):
-    """A tensor in the file: format, shape in PyTorch's order, first byte and number of bytes."""
+    """A tensor in a file: format, shape in PyTorch's order, first byte and number of bytes."""
 
+    path: Path
     kind: int
     shape: Shape
     offset: int
@@ -55,11 +56,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file tells before its tensors."""
+    """What a GGUF file tells before its tensors; of a split one, the first part and all tensors."""
 
     path: Path
     metadata: Mapping[str, Value]
     places: Mapping[str, Place]
+    files: tuple[Path, ...] = ()
 
     def text(self, key: str, default: str | None = None) -> str:
         """A text of the metadata. Raises CheckpointError if it is missing or none."""
@@ -104,6 +106,8 @@ def load_gguf_package() -> ModuleType:
 def read_header(path: Path) -> GgufHeader:
     """Read the metadata of a GGUF file, and where its tensors lie; no tensor is read.
 
+    Of one part of a split file, as if there were no others.
+
     Raises CheckpointError if it is no GGUF file, damaged, truncated, or in formats not known.
     """
     with translated(path, "read"), path.open("rb") as file:
@@ -136,11 +140,6 @@ class _Reader:
             if key in metadata:
                 raise self._damaged(f"{key} is there twice")
             metadata[key] = self._value(self._scalar("I"))
-        if metadata.get("split.count", 1) != 1:
-            raise CheckpointError(
-                f"{self._path}: is one of {metadata['split.count']} parts; join them with "
-                "llama-gguf-split --merge"
-            )
         infos = [self._info() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or alignment < 1:
@@ -153,7 +152,7 @@ class _Reader:
             if start + place.offset + place.num_bytes > len(self._data):
                 raise self._damaged(f"{name} lies beyond its end")
             places[name] = place._replace(offset=start + place.offset)
-        return GgufHeader(self._path, metadata, places)
+        return GgufHeader(self._path, metadata, places, (self._path,))
 
     def _info(self) -> tuple[str, Place]:
         name = self._string()
@@ -171,7 +170,8 @@ class _Reader:
         block, block_bytes = sizes[kind]
         if not shape or shape[-1] % block:
             raise self._damaged(f"{name} has shape {list(shape)}, in blocks of {block}")
-        return name, Place(kind, shape, offset, math.prod(shape) // block * block_bytes)
+        num_bytes = math.prod(shape) // block * block_bytes
+        return name, Place(self._path, kind, shape, offset, num_bytes)
 
     def _value(self, kind: int) -> Value:
         if kind == STRING:

@@ -1,21 +1,29 @@
-"""What a GGUF file holds in Hugging Face's terms: its config.json, and the names of its tensors.
+"""Hugging Face's names of the tensors of a GGUF file, and what of the file they are made of.
 
 Source: llama.cpp's convert_hf_to_gguf.py, which makes such files, read backwards.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
-from engine.checkpoint_gguf_header import GgufHeader
+import torch
+from torch import Tensor
+
+from engine.checkpoint_gguf_header import GgufHeader, Place
 from engine.errors import CheckpointError
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 FREQUENCIES = "rope_freqs.weight"  # what Llama 3's scaling divides frequencies by
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+VECTORS = (FREQUENCIES, SHORT_FACTORS, LONG_FACTORS)  # which belong to the config
 TOP = {
     EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "output_norm.bias": "model.norm.bias",
     HEAD: "lm_head.weight",
+    "output.bias": "lm_head.bias",
 }
 BLOCK = re.compile(r"blk\.(\d+)\.(\w+?)(?:\.(\d+))?\.(weight|bias)")
 LAYER = {
@@ -36,188 +44,201 @@ LAYER = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
+DEEPSEEK_LAYER = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+GPT_OSS_LAYER = {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"}
+WHOLE = {  # what ends in neither weight nor bias there
+    "attn_sinks": "self_attn.sinks",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+}
+GPT2_TOP = {
+    EMBEDDING: "transformer.wte.weight",
+    "position_embd.weight": "transformer.wpe.weight",
+    "output_norm.weight": "transformer.ln_f.weight",
+    "output_norm.bias": "transformer.ln_f.bias",
+    HEAD: "lm_head.weight",
+}
+GPT2_LAYER = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
 EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-END_KEYS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
+MIXTRAL_BLOCK = "block_sparse_moe"
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+def put_in_halves(heads: int, rows: Tensor) -> Tensor:
+    """Rows that turn together lie side by side, and come half a head apart: 0 1 2 3 as 0 2 1 3."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])  # (heads, half, 2, ...)
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def as_row(vector: Tensor) -> Tensor:
+    """A matrix of one row."""
+    return vector.unsqueeze(0)
+
+
+def turned(matrices: Tensor) -> Tensor:
+    """Outputs by inputs as inputs by outputs, or the other way."""
+    return matrices.mT
+
+
+def alternate(gates: Tensor, ups: Tensor) -> Tensor:
+    """Biases of gates and ups by turns."""
+    return torch.stack([gates, ups], -1).flatten(-2)
+
+
+def alternate_columns(gates: Tensor, ups: Tensor) -> Tensor:
+    """Matrices of gates and ups, turned, their columns by turns."""
+    return torch.stack([gates, ups], -2).flatten(-3, -2).mT
+
+
+def joined_heads(keys: Tensor, values: Tensor) -> Tensor:
+    """Keys (heads, latent, width) and values (heads, width, latent): the rows of each head."""
+    return torch.cat([keys.mT, values], 1).flatten(0, 1)
 
 
 class Origin(NamedTuple):
-    """Where a tensor of Hugging Face's comes from.
+    """What a tensor of Hugging Face's is made of: those parts, or only a `row` of each.
 
-    `row` of the first dimension, or all; `interleaved_heads`: of so many heads, pairs of rows that
-    turn together lie side by side, and must come half a head apart; `is_row`: a vector that is to
-    be a matrix of one row.
+    Of tensors that hold all experts, `make` takes single rows as well.
     """
+
+    parts: tuple[str, ...]
+    make: Callable[..., Tensor] = as_it_is
+    row: int | None = None
+
+
+class _Half(NamedTuple):
+    """A tensor of a layer: blk.3.ffn_up.5.weight is of layer 3, half ffn_up, part 5."""
 
     name: str
-    row: int | None = None
-    interleaved_heads: int = 0
-    is_row: bool = False
+    layer: str
+    half: str
+    part: str | None
+    end: str
+    shape: tuple[int, ...]
+
+    def beside(self, half: str) -> str:
+        """The name of another one of the layer, with the same end."""
+        return f"blk.{self.layer}.{half}.{self.end}"
 
 
-Values = dict[str, object]
+Values = Mapping[str, object]
+Found = Iterator[tuple[str, Origin]]
 
 
-def hf_config(header: GgufHeader, frequencies: list[float] | None) -> Values:
-    """The config.json of the model; `frequencies` are the content of FREQUENCIES, if it is there.
-
-    Raises CheckpointError if the architecture is not supported, or something is missing.
-    """
-    architecture = header.text("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{header.path}: GGUF files of architecture {architecture!r} are not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
-    if EMBEDDING not in header.places or len(header.places[EMBEDDING].shape) != 2:
-        raise CheckpointError(f"{header.path}: has no embedding, {EMBEDDING}")
-    vocab_size, width = header.places[EMBEDDING].shape
-    key = f"{architecture}."
-    num_heads = header.integer(key + "attention.head_count")
-    rotary = header.integer(key + "rope.dimension_count", width // max(num_heads, 1))
-    values: Values = {
-        "vocab_size": vocab_size,
-        "hidden_act": "silu",
-        "hidden_size": header.integer(key + "embedding_length"),
-        "num_hidden_layers": header.integer(key + "block_count"),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": header.integer(key + "attention.head_count_kv", num_heads),
-        "head_dim": header.integer(key + "attention.key_length", rotary),
-        "intermediate_size": header.integer(key + "feed_forward_length", 0),
-        "max_position_embeddings": header.integer(key + "context_length"),
-        "rms_norm_eps": header.number(key + "attention.layer_norm_rms_epsilon"),
-        "rope_theta": header.number(key + "rope.freq_base", 10000.0),
-        "rope_scaling": _scaling(header, key, frequencies),
-        "tie_word_embeddings": HEAD not in header.places,
-        **_special_ids(header),
-    }
-    return {**values, **ARCHITECTURES[architecture](header, key)}
-
-
-def hf_names(header: GgufHeader, values: Mapping[str, object]) -> dict[str, Origin]:
-    """Hugging Face's name of each tensor, and where it comes from.
+def hf_names(header: GgufHeader, values: Values) -> dict[str, Origin]:
+    """Hugging Face's name of each tensor, and what it is made of.
 
     Raises CheckpointError if there is a tensor that such a model has not.
     """
-    return dict(_origins(header, values))
-
-
-def _origins(header: GgufHeader, values: Mapping[str, object]) -> Iterator[tuple[str, Origin]]:
-    is_llama = header.text("general.architecture") == "llama"
-    is_mixtral = values["model_type"] == "mixtral"
-    heads = {"attn_q": values["num_attention_heads"], "attn_k": values["num_key_value_heads"]}
+    kind = str(values["model_type"])
+    top = GPT2_TOP if kind == "gpt2" else TOP
+    find = {"gpt2": _gpt2, "gpt_oss": _gpt_oss, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek}
+    names: dict[str, Origin] = {}
     for name, place in header.places.items():
-        match = BLOCK.fullmatch(name)
-        if name in TOP:
-            yield TOP[name], Origin(name)
-        elif match is not None and match[2].removesuffix("_exps") in EXPERTS | LAYER:
-            layer, half, part, end = f"model.layers.{match[1]}", match[2], match[3], match[4]
-            matrix = EXPERTS.get(half.removesuffix("_exps"), "")
-            block = f"{layer}.{'block_sparse_moe' if is_mixtral else 'mlp'}"
-            expert = f"{MIXTRAL[matrix] if is_mixtral and matrix else matrix}.{end}"
-            if half.endswith("_exps"):
-                for row in range(place.shape[0]):
-                    yield f"{block}.experts.{row}.{expert}", Origin(name, row)
-            elif part is not None and matrix:  # files of old have a tensor for each expert
-                yield f"{block}.experts.{part}.{expert}", Origin(name)
-            elif half == "ffn_gate_inp":
-                yield f"{block}.gate.{end}", Origin(name)
-            else:
-                turned = heads.get(half, 0) if is_llama else 0
-                is_row = half == "ffn_gate_inp_shexp" and len(place.shape) == 1
-                assert isinstance(turned, int)
-                yield f"{layer}.{LAYER[half]}.{end}", Origin(name, None, turned, is_row)
-        elif name != FREQUENCIES:
-            raise CheckpointError(
-                f"{header.path}: has a tensor {name}, which no {values['model_type']} has"
-            )
+        if name in top:
+            names[top[name]] = Origin((name,))
+            continue
+        if name in VECTORS:
+            continue
+        half = _half(name, place)
+        found = dict(find.get(kind, _llama)(header, values, half)) if half else None
+        if found is None or not found:
+            raise CheckpointError(f"{header.path}: has a tensor {name}, which no {kind} has")
+        names |= found
+    return names
 
 
-def _special_ids(header: GgufHeader) -> Values:
-    """The ids of the end of a text or of a turn, and of padding, where there are any."""
-    keys = [f"tokenizer.ggml.{name}_token_id" for name in END_KEYS]
-    ends = [header.integer(key) for key in keys if key in header.metadata]
-    values: Values = {"eos_token_id": list(dict.fromkeys(ends))}
-    if "tokenizer.ggml.padding_token_id" in header.metadata:
-        values["pad_token_id"] = header.integer("tokenizer.ggml.padding_token_id")
-    return values
+def _half(name: str, place: Place) -> _Half | None:
+    match = BLOCK.fullmatch(name)
+    return _Half(name, match[1], match[2], match[3], match[4], place.shape) if match else None
 
 
-def _scaling(header: GgufHeader, key: str, frequencies: list[float] | None) -> Values | None:
-    """How rotary positions are stretched."""
-    if frequencies is not None:  # worked out already: what each frequency is divided by
-        return {
-            "rope_type": "longrope",
-            "short_factor": frequencies,
-            "long_factor": frequencies,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": header.integer(key + "context_length"),
-        }
-    kind = header.text(key + "rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    scaling: Values = {"rope_type": kind, "factor": header.number(key + "rope.scaling.factor")}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = header.integer(
-            key + "rope.scaling.original_context_length"
-        )
-    return scaling
+def _llama(header: GgufHeader, values: Values, found: _Half) -> Found:
+    """Of Llamas and most of their like; architecture llama has rows that turn side by side."""
+    is_mixtral = values["model_type"] in ("mixtral", "phimoe")
+    block = MIXTRAL_BLOCK if is_mixtral else "mlp"
+    layer, half, end = f"model.layers.{found.layer}", found.half, found.end
+    matrix = EXPERTS.get(half.removesuffix("_exps"), "")
+    expert = f"{MIXTRAL[matrix] if is_mixtral and matrix else matrix}.{end}"
+    if half.endswith("_exps") and matrix:
+        for row in range(found.shape[0]):
+            yield f"{layer}.{block}.experts.{row}.{expert}", Origin((found.name,), row=row)
+    elif found.part is not None and matrix:  # files of old have a tensor for each expert
+        yield f"{layer}.{block}.experts.{found.part}.{expert}", Origin((found.name,))
+    elif half == "ffn_gate_inp":
+        yield f"{layer}.{block}.gate.{end}", Origin((found.name,))
+    elif half in LAYER:
+        make: Callable[..., Tensor] = as_it_is
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        if half in heads and header.text("general.architecture") == "llama":
+            count = values[heads[half]]
+            assert isinstance(count, int)
+            make = partial(put_in_halves, count)
+        elif half == "ffn_gate_inp_shexp" and len(found.shape) == 1:
+            make = as_row
+        yield f"{layer}.{LAYER[half]}.{end}", Origin((found.name,), make)
 
 
-def _llama(header: GgufHeader, key: str) -> Values:
-    """Llama, Mistral, SmolLM, or with experts Mixtral, which share an architecture there."""
-    bias = "blk.0.attn_q.bias" in header.places
-    if f"{key}expert_count" not in header.metadata:
-        return {"model_type": "llama", "attention_bias": bias}
-    return {
-        "model_type": "mixtral",
-        "num_local_experts": header.integer(f"{key}expert_count"),
-        "num_experts_per_tok": header.integer(f"{key}expert_used_count"),
-    }
+def _deepseek(header: GgufHeader, values: Values, found: _Half) -> Found:
+    """With keys and values of a layer in one tensor, or split as newer files have them."""
+    layer, half = f"model.layers.{found.layer}", found.half
+    keys, heads = found.beside("attn_k_b"), found.beside("attn_v_b")
+    if half in WHOLE:
+        yield f"{layer}.{WHOLE[half]}", Origin((found.name,))
+    elif half in DEEPSEEK_LAYER:
+        yield f"{layer}.{DEEPSEEK_LAYER[half]}.{found.end}", Origin((found.name,))
+    elif half in ("attn_k_b", "attn_v_b"):
+        if keys in header.places and heads in header.places:
+            name = f"{layer}.self_attn.kv_b_proj.{found.end}"
+            yield name, Origin((keys, heads), joined_heads)
+    else:
+        yield from _llama(header, values, found)
 
 
-def _dense(model_type: str) -> Callable[[GgufHeader, str], Values]:
-    return lambda _, __: {"model_type": model_type}
+def _gpt_oss(header: GgufHeader, values: Values, found: _Half) -> Found:
+    """With gates and ups of all experts joined, by turns."""
+    layer, half, is_bias = f"model.layers.{found.layer}", found.half, found.end == "bias"
+    end = "_bias" if is_bias else ""
+    gates, ups = found.beside("ffn_gate_exps"), found.beside("ffn_up_exps")
+    if half in WHOLE:
+        yield f"{layer}.{WHOLE[half]}", Origin((found.name,))
+    elif half in GPT_OSS_LAYER:
+        yield f"{layer}.{GPT_OSS_LAYER[half]}.{found.end}", Origin((found.name,))
+    elif half == "ffn_down_exps":
+        make = as_it_is if is_bias else turned
+        yield f"{layer}.mlp.experts.down_proj{end}", Origin((found.name,), make)
+    elif half in ("ffn_gate_exps", "ffn_up_exps"):
+        if gates in header.places and ups in header.places:
+            both = alternate if is_bias else alternate_columns
+            yield f"{layer}.mlp.experts.gate_up_proj{end}", Origin((gates, ups), both)
+    else:
+        yield from _llama(header, values, found)
 
 
-def _experts(header: GgufHeader, key: str, model_type: str, *, normalizes: bool) -> Values:
-    gates = header.places.get("blk.0.ffn_gate_exps.weight")
-    return {
-        "model_type": model_type,
-        "num_experts": header.integer(f"{key}expert_count"),
-        "num_experts_per_tok": header.integer(f"{key}expert_used_count"),
-        "moe_intermediate_size": header.integer(
-            f"{key}expert_feed_forward_length", gates.shape[1] if gates else None
-        ),
-        "norm_topk_prob": normalizes,
-    }
-
-
-def _qwen2_moe(header: GgufHeader, key: str) -> Values:
-    shared = header.places.get("blk.0.ffn_gate_shexp.weight")
-    width = shared.shape[0] if shared else None
-    return {
-        **_experts(header, key, "qwen2_moe", normalizes=False),
-        "shared_expert_intermediate_size": header.integer(
-            f"{key}expert_shared_feed_forward_length", width
-        ),
-    }
-
-
-def _qwen3_moe(header: GgufHeader, key: str) -> Values:
-    return _experts(header, key, "qwen3_moe", normalizes=True)
-
-
-def _olmoe(header: GgufHeader, key: str) -> Values:
-    clip = header.number(f"{key}attention.clamp_kqv", 0.0)
-    return {**_experts(header, key, "olmoe", normalizes=False), "clip_qkv": clip}
-
-
-ARCHITECTURES: dict[str, Callable[[GgufHeader, str], Values]] = {
-    "llama": _llama,
-    "qwen2": _dense("qwen2"),
-    "qwen3": _dense("qwen3"),
-    "qwen2moe": _qwen2_moe,
-    "qwen3moe": _qwen3_moe,
-    "olmoe": _olmoe,
-}
+def _gpt2(_: GgufHeader, __: Values, found: _Half) -> Found:
+    """Whose matrices Hugging Face has turned."""
+    if found.half in GPT2_LAYER:
+        make = turned if len(found.shape) == 2 else as_it_is
+        name = f"transformer.h.{found.layer}.{GPT2_LAYER[found.half]}.{found.end}"
+        yield name, Origin((found.name,), make)

@@ -15,6 +15,7 @@ from engine.checkpoint import check_directory, find_tokenizer_files
 from engine.checkpoint_hf_config import Values, read_ids
 from engine.checkpoint_hf_families import find_family
 from engine.checkpoint_hf_files import Tensors, open_weights, read_part
+from engine.checkpoint_hf_fp8 import Fp8Tensors, read_fp8_block
 from engine.checkpoint_hf_recipes import Checkpoint, Family, Recipe
 from engine.checkpoint_tensors import read_json
 from engine.config import ModelConfig
@@ -99,11 +100,20 @@ def open_huggingface(directory: Path, *, allow_pickles: bool = False) -> Hugging
     """
     check_directory(directory)
     values = read_values(directory)
-    open_tensors = partial(open_weights, directory, allow_pickles=allow_pickles)
+    open_tensors = partial(_open_tensors, directory, values, allow_pickles=allow_pickles)
     try:
         return make_source(directory, values, open_tensors, partial(_begin_ids, directory))
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+
+
+def _open_tensors(
+    directory: Path, values: Values, is_ignored: Callable[[str], bool], *, allow_pickles: bool
+) -> Tensors:
+    """The tensors of a directory, dequantised if they are fp8."""
+    block = read_fp8_block(values)
+    tensors = open_weights(directory, is_ignored, allow_pickles=allow_pickles)
+    return tensors if block is None else Fp8Tensors(directory, tensors, block)
 
 
 def make_source(

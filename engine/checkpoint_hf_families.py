@@ -11,6 +11,7 @@ from engine.checkpoint_hf_recipes import Family
 from engine.checkpoint_hf_t5 import SWITCH, T5
 from engine.errors import ConfigError
 
+FP8 = "fp8"  # of any family: its tensors are dequantised as they are read
 FAMILIES: dict[str, Family] = {
     "t5": T5,
     "mt5": T5,
@@ -43,10 +44,10 @@ def find_family(values: Values) -> Family:
     family, told = FAMILIES[name], values.get("quantization_config")
     if told is not None:
         method = told.get("quant_method") if isinstance(told, dict) else told
-        if family.quantization is None or method != family.quantization:
-            known = family.quantization or "none"
+        known = [kind for kind in (FP8, family.quantization) if kind is not None]
+        if method not in known:
             raise ConfigError(
                 f"quantization_config tells of {method!r} weights, which are not supported; "
-                f"supported for {name}: {known}"
+                f"supported for {name}: {', '.join(known)}"
             )
     return family

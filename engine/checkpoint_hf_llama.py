@@ -26,7 +26,7 @@ from engine.checkpoint_hf_recipes import (
     no_experts,
     vector,
 )
-from engine.checkpoint_hf_rotary import read_rotary
+from engine.checkpoint_hf_rotary import read_long_rotary, read_rotary
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 
@@ -55,8 +55,7 @@ def map_llama(
     head_width = head_width or read_integer(values, "head_dim", d_model // num_heads)
     rotary = read_rotary(values, rotary_width or head_width, theta)
     longest = read_integer(values, "max_position_embeddings")
-    if rotary.kind == "longrope":
-        longest = min(longest, rotary.original_positions)
+    long_rotary = read_long_rotary(values, rotary)
     return ModelConfig(
         vocab_size=read_integer(values, "vocab_size"),
         d_model=d_model,
@@ -71,7 +70,9 @@ def map_llama(
         attention_scale=head_width**-0.5,
         activation=read_activation(values),
         norm_eps=read_number(values, "rms_norm_eps"),
-        max_positions=longest,
+        max_positions=rotary.original_positions if long_rotary else longest,
+        long_rotary=long_rotary,
+        long_positions=longest if long_rotary else 0,
         pad_token_id=pad,
         decoder_start_token_id=pad,
         eos_token_ids=eos,
@@ -108,7 +109,7 @@ def read_windows(values: Values, config: ModelConfig, sliding: list[bool]) -> tu
         if other := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
             raise ConfigError(f"layer_types has {other[0]!r}, which is not supported")
         sliding = [kind == "sliding_attention" for kind in kinds]
-    if not any(sliding) or not 0 < size < config.max_positions:
+    if not any(sliding) or not 0 < size < max(config.max_positions, config.long_positions):
         return ()
     return tuple(size if slides else 0 for slides in sliding)
 

@@ -1,7 +1,8 @@
 """Hugging Face checkpoints of NLLB-MoE, a translator with experts in every fourth layer.
 
 Source: NLLB (arXiv:2207.04672) s6.2. A source text begins with the code of its language
-("eng_Latn"), which its tokenizer.json knows as a token.
+("eng_Latn"), which its tokenizer.json knows as a token, and an answer with that of the other one,
+which is the `decoder_prompt` of a request, or the config's `forced_bos_token_id`.
 """
 
 import re
@@ -78,6 +79,7 @@ def map_nllb_moe(values: Values) -> ModelConfig:
         pad_token_id=pad,
         decoder_start_token_id=read_integer(values, "decoder_start_token_id", 2),
         eos_token_ids=read_ids(values, "eos_token_id", (2,)),
+        answer_begin_ids=read_ids(values, "forced_bos_token_id"),
         continuation_sentinel=None,
         tokenizer="tokenizer_json",
     )

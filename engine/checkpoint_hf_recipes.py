@@ -69,7 +69,7 @@ class Family:
     head: str = "lm_head.weight"
     is_tied: bool = False
     is_ignored: Callable[[str, ModelConfig, Values], bool] = is_nothing
-    quantization: str | None = None  # the one that its config may tell of
+    quantization: str | None = None  # one of its own that its config may tell of
 
 
 def no_experts(_: Checkpoint, __: str, ___: int) -> Iterable[Recipe]:

@@ -52,8 +52,7 @@ KEYS: dict[RotaryKind, set[str]] = {  # beside the common ones
 def read_rotary(values: Values, width: int, theta: float = 10000.0) -> Rotary:
     """The rotary positions of heads of that width; `theta` is the family's own.
 
-    longrope has frequencies for texts within `original_positions`, which are read, and others for
-    longer ones, which are not: positions that were computed with the ones do not fit the others.
+    longrope has others for texts beyond `original_positions`; see `read_long_rotary`.
 
     Raises ConfigError if they are of a kind that is not supported.
     """
@@ -91,6 +90,17 @@ def read_rotary(values: Values, width: int, theta: float = 10000.0) -> Rotary:
         original_positions=original,
         attention_factor=_yarn_attention_factor(values, scaling),
     )
+
+
+def read_long_rotary(values: Values, rotary: Rotary) -> Rotary | None:
+    """What takes the place of longrope's `rotary` in longer texts; None if there are none.
+
+    Raises ConfigError if its factors are no numbers.
+    """
+    longest = read_integer(values, "max_position_embeddings")
+    if rotary.kind != "longrope" or longest <= rotary.original_positions:
+        return None
+    return _read_longrope(values, _scaling(values), rotary.theta, rotary.width, "long")
 
 
 def latent_attention_factor(values: Values) -> float:
@@ -152,14 +162,16 @@ def _yarn_attention_factor(values: Values, scaling: Values) -> float:
     return _magnitude(factor, shares[0]) / _magnitude(factor, shares[1])
 
 
-def _read_longrope(values: Values, scaling: Values, theta: float, width: int) -> Rotary:
+def _read_longrope(
+    values: Values, scaling: Values, theta: float, width: int, which: str = "short"
+) -> Rotary:
     original, factor = _original(values, scaling), _factor(values, scaling)
     suggested = 1.0
     if factor > 1:
         suggested = math.sqrt(1 + math.log(factor) / math.log(original))
-    divisors = scaling.get("short_factor")
+    divisors = scaling.get(f"{which}_factor")
     if not isinstance(divisors, list) or not all(type(n) in (int, float) for n in divisors):
-        raise ConfigError(f"short_factor is {divisors!r}; expected a list of numbers")
+        raise ConfigError(f"{which}_factor is {divisors!r}; expected a list of numbers")
     told = read_number(scaling, "attention_factor", suggested)
     return Rotary(
         theta=theta,
@@ -167,6 +179,6 @@ def _read_longrope(values: Values, scaling: Values, theta: float, width: int) ->
         kind="longrope",
         factor=factor,
         original_positions=original,
-        attention_factor=read_number(scaling, "short_mscale", told),
+        attention_factor=read_number(scaling, f"{which}_mscale", told),
         divisors=tuple(map(float, divisors)),
     )

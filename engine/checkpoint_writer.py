@@ -309,8 +309,8 @@ def _check_space(partial: Path, dense_bytes: int, config: ModelConfig, layout: B
         )
 
 
-def _remove_own(directory: Path) -> None:
-    """Delete what an earlier writer left; refuse to delete anything else."""
+def remove_model(directory: Path) -> None:
+    """Delete what an earlier writer left. Raises CheckpointError if it holds anything else."""
     _check_own(directory)
     if directory.exists():
         shutil.rmtree(directory)
@@ -321,8 +321,8 @@ def _put_in_place(partial: Path, directory: Path) -> None:
     check_replaceable(directory)
     old = replaced_path(directory)
     if directory.exists():
-        _remove_own(old)
+        remove_model(old)
         directory.rename(old)
     partial.rename(directory)
     sync(directory.parent)
-    _remove_own(old)
+    remove_model(old)

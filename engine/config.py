@@ -46,7 +46,9 @@ class ModelConfig:
     `routed_scale` multiplies them.
 
     `max_model_len` is for serving: the longest prompt that is accepted, with its answer if there is
-    no encoder; 0: as long as `max_positions` allows. It is no trait of the model.
+    no encoder; 0: as long as `max_positions` allows. It is no trait of the model. `long_rotary`
+    takes the place of `rotary` where texts of up to `long_positions` are to be read.
+    `answer_begin_ids` are what answers begin with where a request does not say.
 
     Source: CPM-2 (arXiv:2106.10715) table 1; T5 (arXiv:1910.10683).
     """
@@ -106,6 +108,9 @@ class ModelConfig:
     group_score: Literal["best", "best_two"] = "best"
     begin_token_ids: tuple[int, ...] = ()
     max_model_len: int = 0
+    long_rotary: Rotary | None = None
+    long_positions: int = 0
+    answer_begin_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (*POSITIVE_FIELDS, *COUNT_FIELDS):
@@ -137,6 +142,8 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if (self.positions == "rotary") != (self.rotary is not None):
             raise ConfigError(f"positions is {self.positions!r}, but rotary is {self.rotary!r}")
+        if (self.long_rotary is not None) != (self.long_positions > 0):
+            raise ConfigError("long_rotary and long_positions: one is there without the other")
         if self.is_decoder_only and self.positions == "relative":
             raise ConfigError("a decoder-only model has rotary, learned or sinusoidal positions")
         if self.num_heads % self.kv_heads:
@@ -193,6 +200,7 @@ class ModelConfig:
             self.decoder_start_token_id,
             *self.eos_token_ids,
             *self.begin_token_ids,
+            *self.answer_begin_ids,
         )
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
@@ -285,6 +293,7 @@ COUNT_FIELDS = (
     "shared_d_ff",
     "position_offset",
     "max_model_len",
+    "long_positions",
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "router": get_args(Router),
@@ -298,6 +307,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LISTS: dict[str, type] = {
     "eos_token_ids": int,
     "begin_token_ids": int,
+    "answer_begin_ids": int,
     "windows": int,
     "dense_layers": str,
 }
@@ -329,7 +339,8 @@ def config_from_dict(values: dict[str, object]) -> ModelConfig:
             what = "token ids" if key.endswith("ids") else item_kind.__name__
             raise ConfigError(f"{key} is {items!r}; expected a list of {what}")
         values[key] = tuple(items)
-    values["rotary"] = read_part("rotary", Rotary, values.get("rotary"))
+    for name in ("rotary", "long_rotary"):
+        values[name] = read_part(name, Rotary, values.get(name))
     values["latent"] = read_part("latent", LatentAttention, values.get("latent"))
     try:
         return ModelConfig(**values)  # type: ignore[arg-type]  # checked above

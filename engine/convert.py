@@ -119,7 +119,7 @@ def convert(
     needed = VOCABULARY_FILES.get(source.config.tokenizer)
     if source.kind in ("cpm1", "cpm2") and needed not in source.tokenizer_files:
         raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
-    files, identity = source.tokenizer_files, _identity(src, source)
+    files, identity = source.tokenizer_files, identify(src, source)
     texts = source.texts if isinstance(source, GgufSource) else {}
     opened = open_writer(
         dst,
@@ -133,7 +133,7 @@ def convert(
     with opened as writer:
         for warning in _losses(source, {*files, *texts}, quantization):
             logger.warning("%s: %s", src, warning)
-        for item in _transfer(source, str(src), writer):
+        for item in transfer(source, str(src), writer):
             if progress is not None:
                 progress(item)
         writer.finish()
@@ -151,7 +151,7 @@ def _losses(source: Source, files: set[str], quantization: Quantization) -> Iter
         yield "experts are quantised already; errors add up: convert the original instead"
 
 
-def _transfer(source: Source, where: str, writer: NativeWriter) -> Iterator[Progress]:
+def transfer(source: Source, where: str, writer: NativeWriter) -> Iterator[Progress]:
     """Write everything, telling after each tensor and each layer of experts how far it is."""
     layers = source.config.moe_layers()
     total = writer.dense_bytes + writer.layer_bytes * len(layers)
@@ -186,7 +186,7 @@ def inspect(path: Path, vocab: Path | None = None) -> dict[str, object]:
         "experts": experts,
         "parameters": count_parameters(source.config),
         "files": [
-            {"name": file.name if file == path else str(file.relative_to(path)), "bytes": size}
+            {"name": file.name if path.is_file() else str(file.relative_to(path)), "bytes": size}
             for file, size in sizes.items()
         ],
         "bytes": sum(sizes.values()),
@@ -219,8 +219,8 @@ def _expert_parameters(config: ModelConfig) -> int:
     return sum(map(math.prod, config.expert_shapes().values()))
 
 
-def _identity(src: Path, source: Source) -> str:
-    """What must be unchanged for a killed conversion to go on: place, size and age of each file."""
+def identify(src: Path, source: Source) -> str:
+    """Where each file is, its size and age: unchanged, a killed conversion can go on."""
     files = [
         (str(file.resolve()), file.stat())
         for file in (*source.files, *source.tokenizer_files.values())

@@ -218,7 +218,7 @@ def _preload(
     return OffloadedExperts(stores, pipeline, plan)
 
 
-def load_offloaded(
+def load_offloaded(  # noqa: PLR0913  what may be said of a load, each with a default
     directory: Path,
     dtype: torch.dtype | None,
     budget_bytes: int,
@@ -228,9 +228,11 @@ def load_offloaded(
     rows: int = 1,
     device: str = "cpu",
     on_bytes: OnBytes = ignore_bytes,
+    config: ModelConfig | None = None,
 ) -> tuple[Transformer, OffloadedExperts]:
     """Build the model of a native directory with its experts offloaded; dtype None: as stored.
 
+    `config` is the model's own, maybe for longer texts.
     With `device` cuda the rest of the model and the slots lie on the GPU.
     Raises ConfigError or CheckpointError as `open_offloaded` and `load_model` do.
     """
@@ -247,7 +249,7 @@ def load_offloaded(
         make_device=open_host_device if device == "cpu" else _open_cuda,
     )
     try:
-        model = load_model(directory, dtype, experts, on_bytes).to(device)
+        model = load_model(directory, dtype, experts, on_bytes, config).to(device)
     except BaseException:
         experts.close()
         raise

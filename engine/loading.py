@@ -11,11 +11,14 @@ import torch
 from engine.checkpoint import open_native
 from engine.checkpoint_any import detect_kind, load_any, open_foreign
 from engine.checkpoint_experts import expert_layout
+from engine.checkpoint_prepared import find_prepared, prepare_experts
 from engine.checkpoint_writer import expert_file
 from engine.config import PRESETS, ModelConfig, read_config
+from engine.convert import Progress
 from engine.errors import CheckpointError, ConfigError
 from engine.experts import OffloadedExperts, load_offloaded
 from engine.footprint import Workload, dense_bytes, largest_workload
+from engine.long_texts import lengthen
 from engine.memory import (
     HostMemory,
     gpu_budget,
@@ -51,7 +54,6 @@ logger = logging.getLogger(__name__)
 # What a process has varies by pages from run to run: without steps, a budget of the bytes that a
 # refusal asked for is refused once more.
 OWN_STEP_BYTES = 16 * 2**20
-CONVERT = "run `infmoe convert` and load the result, whose experts can be offloaded"
 CONVERT_DTYPE = "run `infmoe convert --dtype`: stored in another dtype, experts are not offloaded"
 
 
@@ -89,18 +91,25 @@ def make_storage(
     )
 
 
-def read_storage(path: Path, dtype: torch.dtype | None = None) -> Storage:
+def read_storage(
+    path: Path, dtype: torch.dtype | None = None, max_model_len: int | None = None
+) -> Storage:
     """Tell how the model of a directory lies in memory; dtype None: as stored.
 
-    Only headers are read. Raises CheckpointError if it is damaged or holds pickles, ConfigError if
-    its experts are quantised and `dtype` is not the stored one.
+    Only headers are read. `max_model_len`: see `lengthen`. Raises CheckpointError if it is damaged
+    or holds pickles, ConfigError if its experts are quantised and `dtype` is not the stored one.
     """
+    storage = _read_storage(path, dtype)
+    return replace(storage, config=lengthen(storage.config, max_model_len or 0))
+
+
+def _read_storage(path: Path, dtype: torch.dtype | None) -> Storage:
     kind = detect_kind(path)
     if kind == "cpm":
         raise CheckpointError(f"{path}: holds pickles; run `infmoe convert` on it first")
     if kind != "native":
         foreign = open_foreign(path)
-        return make_storage(foreign.config, dtype or foreign.dtype, only_resident=CONVERT)
+        return make_storage(foreign.config, dtype or foreign.dtype)
     source = open_native(path)
     layout, dtype = source.expert_layout(), dtype or source.dtype
     if layout is None:
@@ -131,8 +140,7 @@ def find_storage(model: str, name: str | None) -> tuple[Storage, list[Path]]:
                 f"{model} is stored as {stored}, and that counts; to plan for {name}, give its "
                 "config.json, or convert it"
             )
-        files = [path / expert_file(layer) for layer in storage.config.moe_layers()]
-        return storage, [file for file in files if file.exists()]
+        return storage, _disk_files(path, storage)
     if model not in PRESETS and not path.is_file():
         raise ConfigError(
             f"{model} is no directory, no GGUF file, no config.json and no preset; presets: "
@@ -142,6 +150,17 @@ def find_storage(model: str, name: str | None) -> tuple[Storage, list[Path]]:
     dtype = torch.bfloat16 if name is None else DTYPES.get(name, torch.bfloat16)
     quantization = next((kind for kind in QUANTIZATIONS if kind == name), QUANTIZATIONS[0])
     return make_storage(config, dtype, quantization), []
+
+
+def _disk_files(path: Path, storage: Storage) -> list[Path]:
+    """Stores of experts, or what they would be made of where there are none yet."""
+    stores = [expert_file(layer) for layer in storage.config.moe_layers()]
+    if stores and detect_kind(path) != "native":
+        prepared = find_prepared(path, storage.dtype)
+        if prepared is None:
+            return list(open_foreign(path).files)
+        path = prepared
+    return [path / name for name in stores if (path / name).exists()]
 
 
 def _name(storage: Storage) -> str:
@@ -204,6 +223,8 @@ def plan_elsewhere(
 
     `max_rows` as for `plan_loading`. Raises ConfigError if a budget is too small.
     """
+    if gpu_memory_bytes is None:
+        load_kernels()  # as `load_within` does before it plans
     host = host_memory()
     budgets = Budgets(
         host_bytes=host_budget(None, host) if memory is None else memory,
@@ -243,17 +264,19 @@ def load_within(  # noqa: PLR0913  what may be said of a load, each with a defau
     max_rows: int = 1,
     invariant: bool = False,
     beside_bytes: int = 0,
+    max_model_len: int | None = None,
 ) -> Loaded:
     """Plan for budgets in bytes, tell the plan, and load the model by it.
 
     memory None: a share of what is to be had; gpu_memory_bytes None: no GPU; workload None: the
     longest requests that are accepted. As many rows are planned for as `choose_rows` allows, up to
-    `max_rows`. `beside_bytes`: see `plan_loading`; `invariant`: see `set_invariant`. The model is
-    for serving: its weights may be packed, which can be neither read nor saved.
+    `max_rows`. `beside_bytes`: see `plan_loading`; `invariant`: see `set_invariant`;
+    `max_model_len`: see `lengthen`. The model is for serving: its weights may be packed, which can
+    be neither read nor saved.
     Raises ConfigError if a budget is too small or too large, or there is no GPU; nothing has been
     loaded then. Raises CheckpointError if the model is damaged.
     """
-    storage = read_storage(path, dtype)
+    storage = read_storage(path, dtype, max_model_len)
     load = workload or largest_workload(storage.config)
     if gpu_memory_bytes is None:
         load_kernels()  # before memory is planned
@@ -292,6 +315,8 @@ def load_planned(
     """Load a model as a plan says, to be served: see `prepare`."""
     return_large_blocks()
     progress = progress or LoadProgress()
+    if plan.is_offloaded and detect_kind(path) != "native":
+        path = _prepare(path, plan.storage.dtype, on_phase, progress)
     progress.begin(bytes_to_read(path, plan))
     loaded = _load_planned(path, plan, on_phase, progress)
     if plan.budgets.gpu_bytes is None:
@@ -300,6 +325,25 @@ def load_planned(
     return_free_heap()
     progress.finish()
     return loaded
+
+
+def _prepare(
+    path: Path, dtype: torch.dtype, on_phase: Callable[[str], None], progress: LoadProgress
+) -> Path:
+    """The directory that experts of a released checkpoint are read from; see `prepare_experts`."""
+    done_bytes = 0
+
+    def report(done: Progress) -> None:
+        nonlocal done_bytes
+        if not done_bytes:
+            progress.begin(done.total_bytes)
+        progress.add(done.done_bytes - done_bytes)
+        done_bytes = done.done_bytes
+        on_phase(f"writing experts once: {done.done_bytes * 100 // done.total_bytes} %")
+
+    result = prepare_experts(path, dtype, report)
+    return_free_heap()
+    return result
 
 
 def _load_planned(
@@ -315,7 +359,7 @@ def _load_planned(
 
     dtype, on_gpu = plan.storage.dtype, plan.budgets.gpu_bytes is not None
     if plan.experts is None or not plan.is_offloaded:
-        model = load_any(path, dtype, progress.add)
+        model = load_any(path, dtype, progress.add, plan.storage.config)
         return Loaded(model.to("cuda") if on_gpu else model, None, plan)
     loaded = load_offloaded(
         path,
@@ -326,5 +370,6 @@ def _load_planned(
         rows=plan.workload.rows,
         device="cuda" if on_gpu else "cpu",
         on_bytes=progress.add,
+        config=plan.storage.config,
     )
     return Loaded(*loaded, plan)

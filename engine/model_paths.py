@@ -1,5 +1,6 @@
 """Where a model is that a command names: a directory, a GGUF file, or a package's own."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from engine.errors import CheckpointError
 
 GGUF = ".gguf"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?i:gguf)")  # of a file that was split
 HERE = Path()
 
 
@@ -48,19 +50,32 @@ def model_title(name: Path) -> str:
     if not name.exists() and str(name) in NAMED:
         return str(name)
     resolved = name.resolve()
+    if match := PART.fullmatch(resolved.name):
+        return match[1]
     return resolved.stem if resolved.suffix.lower() == GGUF else resolved.name
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """The files of a GGUF that is split, as the name of any of them tells; else the file alone."""
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    end, numbers = f"{match[3]}{path.suffix}", range(1, int(match[3]) + 1)
+    names = (f"{match[1]}-{number:05d}-of-{end}" for number in numbers)
+    return tuple(map(path.with_name, names)) or (path,)
 
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path means: itself, or the only one of a folder without config.json.
 
-    Raises CheckpointError if such a folder has several.
+    Of a file that is split, it is the first part. Raises CheckpointError if a folder has several.
     """
     if path.is_file():
-        return path if path.suffix.lower() == GGUF else None
+        return gguf_parts(path)[0] if path.suffix.lower() == GGUF else None
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() == GGUF)
+    files = (file for file in path.iterdir() if file.suffix.lower() == GGUF)
+    found = sorted({gguf_parts(file)[0] for file in files})
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise CheckpointError(f"{path}: holds several GGUF files: {names}; name one of them")

@@ -43,7 +43,8 @@ def build_request(
     """Tokenize a prompt.
 
     With `fill`, each `<span>` in it is a blank to fill; otherwise it is continued. The vectors of
-    the adapter count towards its length. `decoder_prompt` is what the answer begins with.
+    the adapter count towards its length. `decoder_prompt` is what the answer begins with; where it
+    is empty, what the config says.
 
     Raises RequestError if the prompt is empty, an id is unknown, there is no blank to fill or
     blanks given as ids are out of order, or if max_tokens is above what the
@@ -57,7 +58,8 @@ def build_request(
     if fill:
         _check_can_fill(tokenizer, config)
     _check_ids(params, config)
-    decoder_ids = _read_decoder_prompt(decoder_prompt, tokenizer, config, params)
+    begin = decoder_prompt or config.answer_begin_ids
+    decoder_ids = _read_decoder_prompt(begin, tokenizer, config, params)
     if isinstance(prompt, str):
         _check_chars(prompt, limit, "prompt")
         parts = prompt.split(BLANK) if fill else [prompt]

@@ -158,9 +158,13 @@ def write_gguf(
     metadata: Mapping[str, object],
     tensors: Mapping[str, np.ndarray],
     kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    tensors_to_a_part: int = 0,
 ) -> Path:
-    """Write a file; `kinds` are the formats of tensors, fp32 for the rest."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a file; `kinds` are the formats of tensors, fp32 for the rest.
+
+    With `tensors_to_a_part` it is split, and its first part is what comes back.
+    """
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_to_a_part)
     for key, value in metadata.items():
         add_value(writer, key, value)
     for name, array in tensors.items():
@@ -170,6 +174,8 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if tensors_to_a_part:
+        return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
     return path
 
 

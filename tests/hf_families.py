@@ -237,13 +237,13 @@ SCALES = {
 }
 
 
-def make_oracle(name):
+def make_oracle(name, **changes):
     """A model of a family, with weights so large that its answers vary and all experts are met."""
     model_class, config_class, values = (MODELS | TRANSLATORS)[name]
     with one_thread():
-        model = model_class(config_class(**values, attn_implementation="eager"))
+        model = model_class(config_class(**{**values, **changes}, attn_implementation="eager"))
     if name in TRANSLATORS:  # tiny tied ones repeat themselves
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(VOCAB, 32))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(model.config.vocab_size, 32))
     for module in model.modules():
         if isinstance(module, NllbMoeExperts):
             module.forward = all_experts.__get__(module)
@@ -280,12 +280,12 @@ def widen(model, seed=1):
     return model.eval()
 
 
-def ragged_prompts(seed=1):
-    """Rows of 3, 11 and 7 tokens, padded with 0, and segments that say so."""
+def ragged_prompts(seed=1, lengths=(3, 11, 7)):
+    """Rows of so many tokens, padded with 0, and segments that say so."""
     generator = torch.Generator().manual_seed(seed)
-    tokens_BS = torch.randint(3, VOCAB, (3, 11), generator=generator)
+    tokens_BS = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     segments_BS = torch.ones_like(tokens_BS)
-    for row, length in enumerate((3, 11, 7)):
+    for row, length in enumerate(lengths):
         tokens_BS[row, length:] = 0
         segments_BS[row, length:] = 0
     return tokens_BS, segments_BS
@@ -310,9 +310,9 @@ def greedy(model, tokens_BS, segments_BS, steps):
 
 @one_thread()
 @torch.no_grad()
-def assert_equal_to_oracle(model, oracle, steps=32):
+def assert_equal_to_oracle(model, oracle, steps=32, lengths=(3, 11, 7)):
     """Logits of ragged rows within 1e-4, and 32 greedy tokens are the oracle's, which vary."""
-    tokens_BS, segments_BS = ragged_prompts()
+    tokens_BS, segments_BS = ragged_prompts(lengths=lengths)
     found = model.logits(model.read(tokens_BS, segments_BS))
     answers = greedy(model, tokens_BS, segments_BS, steps)
     for row, length in enumerate(segments_BS.sum(-1).tolist()):

@@ -327,12 +327,12 @@ LONGROPE = {"rope_type": "longrope", "short_factor": "x", "factor": 2.0}
         (
             "llama",
             {"quantization_config": {"quant_method": "gptq"}},
-            "'gptq' weights, which are not supported; supported for llama: none",
+            "'gptq' weights, which are not supported; supported for llama: fp8",
         ),
         (
             "gpt_oss",
-            {"quantization_config": {"quant_method": "fp8"}},
-            "'fp8' weights, which are not supported; supported for gpt_oss: mxfp4",
+            {"quantization_config": {"quant_method": "awq"}},
+            "'awq' weights, which are not supported; supported for gpt_oss: fp8, mxfp4",
         ),
         (
             "llama",

@@ -1,7 +1,9 @@
 """GGUF files read in Hugging Face's terms: the same model as the folder that they were made of."""
 
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -17,6 +19,7 @@ from engine.checkpoint_hf import open_huggingface
 from engine.convert import convert, inspect
 from engine.errors import CheckpointError
 from engine.loading import find_storage, load_within
+from engine.model_paths import find_gguf
 from engine.tokenizer import open_tokenizer
 from server.templates import read_template
 from tests.gguf_files import (
@@ -39,6 +42,9 @@ from tests.json_tokenizers import CHATML, train_byte_level
 from tests.t5_oracle import one_thread
 
 Kind = gguf.GGMLQuantizationType
+# a key, the kind of its value, and what is before the number of a part and that of all tensors
+TWO, THREE = (b"split.no" + (2).to_bytes(4, "little") + bytes([number, 0]) for number in (1, 2))
+NUMBER = b"split.tensors.count" + (5).to_bytes(4, "little")
 FAMILIES = {  # name -> architecture in GGUF, values of the config
     "llama": ("llama", {**SIZES, "tie_word_embeddings": True}),
     "mixtral": ("llama", {**SIZES, **LOCAL}),
@@ -309,6 +315,61 @@ def test_several_files_in_a_folder(tmp_path):
         detect_kind(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """A mixture in one file, and in parts of nine tensors."""
+    directory = tmp_path_factory.mktemp("split")
+    oracle = make_family("mixtral", FAMILIES["mixtral"][1])
+    oracle.save_pretrained(directory / "folder")
+    metadata = llama_metadata("llama", oracle.config)
+    metadata |= byte_level_metadata(train_byte_level(300), "gpt-2")
+    tensors = to_gguf_tensors(saved_state(directory / "folder"), {"q_proj": 4, "k_proj": 2})
+    whole = write_gguf(directory / "Whole.gguf", "llama", metadata, tensors)
+    (directory / "parts").mkdir()
+    name = directory / "parts" / "Tiny.gguf"
+    return whole, write_gguf(name, "llama", metadata, tensors, tensors_to_a_part=9)
+
+
+def test_a_split_file_is_what_it_was_before(split):
+    whole, first = split
+    files = sorted(first.parent.iterdir())
+    assert [file.name for file in files] == [f"Tiny-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)]
+    expected = load_any(whole).state_dict()
+    for path in (first.parent, *files):  # any part, or the folder, is the model
+        assert open_gguf(find_gguf(path)).files == tuple(files)
+    found = load_any(files[2])
+    assert found.config == load_any(whole).config
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    assert open_tokenizer(first, "tokenizer_json").encode("a1") == open_tokenizer(
+        whole, "tokenizer_json"
+    ).encode("a1")
+    for path in (first, first.parent):
+        assert [file["name"] for file in inspect(path)["files"]] == [file.name for file in files]
+
+
+def test_parts_that_are_missing_or_of_other_files(split, tmp_path):
+    _, first = split
+    parts = [Path(shutil.copy(file, tmp_path)) for file in sorted(first.parent.iterdir())]
+    third = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=r"-00003-of-00004\.gguf: is missing; .*into 4 files"):
+        open_gguf(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(CheckpointError, match="says that it is part 2 of 4, its name 3 of 4"):
+        open_gguf(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes().replace(TWO, THREE))
+    with pytest.raises(CheckpointError, match="has blk.0.* as has a part before it"):
+        open_gguf(parts[0])
+    parts[2].write_bytes(third)
+    parts[0].write_bytes(parts[0].read_bytes().replace(NUMBER + b"!", NUMBER + b"x"))
+    with pytest.raises(CheckpointError, match="120 tensors are told of, and 33 are there"):
+        open_gguf(parts[0])
+    alone = Path(shutil.copy(first, tmp_path / "alone.gguf"))
+    with pytest.raises(CheckpointError, match="says that it is part 1 of 4, its name 1 of 1"):
+        open_gguf(alone)
+
+
 def rewritten(wide, path, *, drop=(), architecture="llama", extra=None, **values):
     metadata, tensors = wide
     metadata = {key: value for key, value in {**metadata, **values}.items() if key not in drop}
@@ -332,7 +393,7 @@ def rewritten(wide, path, *, drop=(), architecture="llama", extra=None, **values
         ({"llama.rope.scaling.type": "odd", "llama.rope.scaling.factor": 2.0}, "'odd'"),
         ({"llama.rope.scaling.type": 3}, "llama.rope.scaling.type is 3; expected a text"),
         ({"llama.attention.head_count": 3}, "it.gguf: "),
-        ({"split.count": 2}, "is one of 2 parts; join them"),
+        ({"split.count": 2}, "says that it is part 1 of 2, its name 1 of 1; parts are called NAME"),
         ({"general.alignment": "x"}, "general.alignment is 'x'"),
     ],
 )

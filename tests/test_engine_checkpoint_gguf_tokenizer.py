@@ -75,6 +75,22 @@ def test_other_patterns_are_those_of_transformers(tmp_path, byte_level, pre, tex
     assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-4o", "HelloWORLD's 12345", ["Hello", "WORLD's", " ", "123", "45"]),
+        ("gpt-4o", "a/b\n c...//\nd  e", ["a", "/b", "\n", " c", "...//\n", "d", " ", " e"]),
+        ("deepseek-v3", "x1234.foo 中文abc", ["x", "123", "4", ".foo", " ", "中文", "abc"]),
+        ("deepseek-v3", "Don't  stop!\n", ["Don", "'t", " ", " stop", "!\n"]),
+    ],
+)
+def test_where_texts_are_split(tmp_path, byte_level, pre, text, pieces):
+    header = GgufHeader(tmp_path / "it.gguf", byte_level_metadata(byte_level, pre), {})
+    split = Tokenizer.from_str(tokenizer_texts(header).tokenizer).pre_tokenizer
+    spans = [place for _, place in split.pre_tokenize_str(text)]
+    assert [text[start:end] for start, end in spans] == pieces
+
+
 @pytest.mark.parametrize("pre", PATTERNS)
 def test_every_pattern_keeps_texts(tmp_path, byte_level, pre):
     metadata = {**byte_level_metadata(byte_level, pre), "tokenizer.ggml.add_bos_token": False}

@@ -1,7 +1,14 @@
 import pytest
 
 from engine.errors import CheckpointError
-from engine.model_paths import NAMED, PackagedModel, find_gguf, find_model, model_title
+from engine.model_paths import (
+    NAMED,
+    PackagedModel,
+    find_gguf,
+    find_model,
+    gguf_parts,
+    model_title,
+)
 
 
 def test_paths_stay_paths(tmp_path):
@@ -66,3 +73,16 @@ def test_what_a_gguf_file_is(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert find_gguf(tmp_path) is None
     assert find_gguf(tmp_path / "config.json") is None
+
+
+def test_parts_of_a_gguf_file(tmp_path):
+    names = [f"Tiny.Q4_0-0000{number}-of-00002.gguf" for number in (1, 2)]
+    first, second = (tmp_path / name for name in names)
+    assert gguf_parts(second) == gguf_parts(first) == (first, second)
+    other = tmp_path / "Tiny-of-00002.gguf"
+    assert gguf_parts(other) == (other,)
+    none = tmp_path / "Tiny-00001-of-00000.gguf"
+    assert gguf_parts(none) == (none,)
+    assert model_title(second) == "Tiny.Q4_0"
+    second.write_bytes(b"GGUF")  # who opens the first tells that it is missing
+    assert find_gguf(second) == find_gguf(tmp_path) == first
