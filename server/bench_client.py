@@ -1,4 +1,4 @@
-"""A small HTTP client for measuring: one request per connection, server-sent events as they come.
+"""A small HTTP client for measuring: server-sent events as they come, connections kept or not.
 
 It does as little as possible, so that its own work is not taken for the server's.
 """
@@ -55,30 +55,103 @@ class Target:
             raise EngineError(f"--url is {url!r}; it must be like http://127.0.0.1:8000")
         return cls(parts.hostname, parts.port or 80, api_key)
 
-    def head(self, method: str, path: str, size: int) -> bytes:
+    def head(self, method: str, path: str, size: int, *, is_kept: bool) -> bytes:
         """The lines before the body."""
         key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        close = "" if is_kept else "connection: close\r\n"
         return (
-            f"{method} {path} HTTP/1.1\r\nhost: {self.host}\r\nconnection: close\r\n{key}"
+            f"{method} {path} HTTP/1.1\r\nhost: {self.host}\r\n{close}{key}"
             f"content-type: application/json\r\ncontent-length: {size}\r\n\r\n"
         ).encode()
 
 
+class Client:
+    """Asks a server one thing after another; with `is_kept` by one connection, as those of OpenAI.
+
+    Use it with `aclosing`.
+    """
+
+    def __init__(self, target: Target, *, is_kept: bool = True) -> None:
+        self._target = target
+        self._is_kept = is_kept
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        if self._streams is not None:
+            writer, self._streams = self._streams[1], None
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def complete(self, body: dict[str, object]) -> Trial:
+        """Ask for a completion and note when its tokens come; `stream` or not, as it says."""
+        data = json.dumps({**body, "return_token_ids": True}).encode()
+        trial, began = Trial(), perf_counter()
+        try:
+            async with aclosing(self._lines("POST", "/v1/completions", data)) as lines:
+                async for line in lines:
+                    _note(trial, line, perf_counter() - began)
+        except (OSError, EngineError, asyncio.IncompleteReadError) as error:
+            trial.error = str(error) or type(error).__name__
+        trial.end_s = perf_counter() - began
+        if not trial.error and not trial.token_s:
+            trial.error = "the reply ended without a token"
+        return trial
+
+    async def read(self, path: str) -> bytes:
+        """What there is at a path. Raises EngineError, OSError or IncompleteReadError."""
+        async with aclosing(self._lines("GET", path, b"")) as lines:
+            return b"\n".join([line async for line in lines])
+
+    async def _lines(self, method: str, path: str, data: bytes) -> AsyncGenerator[bytes]:
+        """Lines of the body of a reply, without empty ones. Raises EngineError for a failure."""
+        is_whole = False
+        try:
+            reader, writer = await self._connect()
+            head = self._target.head(method, path, len(data), is_kept=self._is_kept)
+            writer.write(head + data)
+            await writer.drain()
+            held = b""
+            async for chunk in _chunks(reader):
+                *lines, held = (held + chunk).split(b"\n")
+                for line in lines:
+                    if line:
+                        yield line
+            is_whole = True
+            if held:
+                yield held
+        finally:
+            if not (is_whole and self._is_kept):
+                await self.aclose()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._streams is None or self._streams[0].at_eof():
+            await self.aclose()
+            host, port = self._target.host, self._target.port
+            self._streams = await asyncio.open_connection(host, port, limit=2**24)
+        return self._streams
+
+
 async def complete(target: Target, body: dict[str, object]) -> Trial:
-    """Send a completions request and note when its tokens come; `stream` or not, as it says."""
-    body = {**body, "return_token_ids": True}
-    trial, began = Trial(), perf_counter()
-    try:
-        async with aclosing(_lines(target, "/v1/completions", body)) as lines:
-            async for line in lines:
-                now = perf_counter() - began
-                _note(trial, line, now)
-    except (OSError, EngineError, asyncio.IncompleteReadError) as error:
-        trial.error = str(error) or type(error).__name__
-    trial.end_s = perf_counter() - began
-    if not trial.error and not trial.token_s:
-        trial.error = "the reply ended without a token"
-    return trial
+    """As `Client.complete`, by a connection of its own."""
+    async with aclosing(Client(target, is_kept=False)) as client:
+        return await client.complete(body)
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The body of a reply as it comes. Raises EngineError unless it is a good one."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    status = int(head.split(None, 2)[1])
+    if status != 200:
+        raise EngineError(f"status {status}")
+    if "transfer-encoding: chunked" not in head:
+        length = head.partition("content-length:")[2].partition("\r\n")[0]
+        yield await reader.readexactly(int(length))
+        return
+    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+    await reader.readuntil(b"\r\n")
 
 
 def _note(trial: Trial, line: bytes, now: float) -> None:
@@ -92,38 +165,3 @@ def _note(trial: Trial, line: bytes, now: float) -> None:
         return
     for choice in message.get("choices", ()):  # an event may hold several tokens, or none
         trial.token_s += [now] * len(choice.get("token_ids") or ())
-
-
-async def _lines(target: Target, path: str, body: dict[str, object]) -> AsyncGenerator[bytes]:
-    """Lines of the body of a reply, without empty ones. Raises EngineError for a failure."""
-    reader, writer = await asyncio.open_connection(target.host, target.port, limit=2**24)
-    try:
-        data = json.dumps(body).encode()
-        writer.write(target.head("POST", path, len(data)) + data)
-        await writer.drain()
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        status = int(head.split(None, 2)[1])
-        if status != 200:
-            raise EngineError(f"status {status}")
-        chunks = _chunks(reader) if "transfer-encoding: chunked" in head else _rest(reader)
-        held = b""
-        async for chunk in chunks:
-            *lines, held = (held + chunk).split(b"\n")
-            for line in lines:
-                if line:
-                    yield line
-        if held:
-            yield held
-    finally:
-        writer.close()
-        with suppress(OSError):
-            await writer.wait_closed()
-
-
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
-        yield (await reader.readexactly(size + 2))[:-2]
-
-
-async def _rest(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    yield await reader.read()

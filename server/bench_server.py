@@ -2,6 +2,7 @@
 
 The same model is loaded twice: in this process, where requests go to the engine directly, and in a
 server process of its own. Rounds of both take turns, so that a noisy machine troubles both alike.
+Of a sustained round, in which streams end and begin at all times, the costs are told as well.
 """
 
 import asyncio
@@ -11,11 +12,9 @@ import random
 import re
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from time import monotonic, perf_counter, sleep
@@ -23,111 +22,77 @@ from time import monotonic, perf_counter, sleep
 import typer
 
 from engine.errors import EngineError
-from engine.prompt import build_request
-from engine.request import Failed, Piece, SamplingParams
-from server.bench_client import Target, Trial, complete
+from server.bench_client import Client, Target, Trial, complete
+from server.bench_server_costs import Costs, read_engine, read_server, run_costed
+from server.bench_server_rounds import LEAST_IN_ALL, Lane, Work, ask_engine, ask_server, run_round
 from server.protocol import Engine
 
-STREAMS = (1, 16, 64)
 READY_S = 600.0
 GREETING = re.compile(r"listening on (http://\S+);")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What each request asks for, and how long to measure. Times in seconds, rate per second."""
-
-    prompt: str = "The quick brown fox jumps over the lazy dog and"
-    tokens: int = 32
-    rounds: int = 5
-    streams: tuple[int, ...] = STREAMS
-    load_s: float = 10.0
-    load_rate: float = 8.0
-
-    def params(self, tokens: int) -> SamplingParams:
-        """How the engine is asked directly."""
-        return SamplingParams(max_tokens=tokens, ignore_eos=True)
-
-    def body(self, tokens: int, *, stream: bool) -> dict[str, object]:
-        """How the server is asked for the same."""
-        return {
-            "prompt": self.prompt,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": stream,
-        }
-
-
-@dataclass(slots=True)
-class Lane:
-    """What was seen of one way of asking, at one number of streams."""
-
-    trials: list[Trial] = field(default_factory=list)
-    tokens_per_s: list[float] = field(default_factory=list)
-
-    def median_ms(self, measure: Callable[[Trial], float]) -> float:
-        """Median over requests, in milliseconds."""
-        return 1000 * median(measure(trial) for trial in self.trials)
-
-
-Ask = Callable[[int], Awaitable[Trial]]
-
-
-def ask_engine(engine: Engine, work: Work) -> Ask:
-    """Ask the engine itself."""
-
-    async def ask(tokens: int) -> Trial:
-        trial, began = Trial(), perf_counter()
-        request = build_request(
-            work.prompt, engine.tokenizer, engine.config, work.params(tokens), "bench"
-        )
-        async for event in engine.submit(request):
-            if isinstance(event, Failed):
-                trial.error = event.message
-            elif isinstance(event, Piece):
-                trial.token_s += [perf_counter() - began] * len(event.token_ids)
-        trial.end_s = perf_counter() - began
-        return trial
-
-    return ask
-
-
-def ask_server(target: Target, work: Work, *, stream: bool) -> Ask:
-    """Ask the same of a server."""
-    return lambda tokens: complete(target, work.body(tokens, stream=stream))
-
-
-async def run_round(ask: Ask, streams: int, tokens: int, lane: Lane) -> None:
-    """So many requests at once. Raises EngineError if one fails."""
-    began = perf_counter()
-    trials = await asyncio.gather(*(ask(tokens) for _ in range(streams)))
-    whole_s = perf_counter() - began
-    if failed := [trial.error for trial in trials if trial.error]:
-        raise EngineError(f"{len(failed)} of {streams} requests failed: {failed[0]}")
-    lane.trials += trials
-    lane.tokens_per_s.append(sum(len(trial.token_s) for trial in trials) / whole_s)
+EMPTY = "/health/live"
+NUM_EMPTY = 100
 
 
 async def compare(engine: Engine, target: Target, work: Work) -> list[dict[str, object]]:
     """One row of numbers for each number of streams."""
     rows = []
-    lanes = {
-        "direct": ask_engine(engine, work),
-        "streamed": ask_server(target, work, stream=True),
-        "whole": ask_server(target, work, stream=False),
-    }
     for streams in work.streams:
-        for ask in lanes.values():  # to warm up
-            await run_round(ask, streams, work.tokens, Lane())
-        seen = {name: Lane() for name in lanes}
-        single = {name: Lane() for name in lanes}
-        for _ in range(work.rounds):
-            for name, ask in lanes.items():
-                await run_round(ask, streams, work.tokens, seen[name])
-                await run_round(ask, streams, 1, single[name])
-        rows.append(_compare_lanes(streams, seen, single))
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [Client(target) for _ in range(streams)]
+            for client in clients:
+                stack.push_async_callback(client.aclose)
+            rows.append(await _compare_at(engine, clients, work))
     return rows
+
+
+async def _compare_at(engine: Engine, clients: list[Client], work: Work) -> dict[str, object]:
+    lanes = {
+        "direct": [ask_engine(engine, work)] * len(clients),
+        "streamed": [ask_server(client, work, stream=True) for client in clients],
+        "whole": [ask_server(client, work, stream=False) for client in clients],
+    }
+    reads = {"direct": read_engine(engine), "streamed": read_server(clients[0])}
+    for asks in lanes.values():  # to warm up
+        await run_round(asks, work.tokens, Lane())
+    burst, single, sustained = ({name: Lane() for name in lanes} for _ in range(3))
+    costs = dict.fromkeys(reads, Costs())
+    for turn in range(work.rounds):
+        for name in _turned(list(lanes), turn):
+            await run_round(lanes[name], work.tokens, burst[name])
+            for _ in range(max(1, LEAST_IN_ALL // len(clients))):
+                await run_round(lanes[name], 1, single[name])
+        for name in _turned(list(reads), turn):
+            spent = await run_costed(lanes[name], work.tokens, sustained[name], reads[name])
+            costs[name] = costs[name].plus(Costs(), spent)
+    told = {name: cost.tell(len(sustained[name].trials)) for name, cost in costs.items()}
+    return {
+        **_compare_lanes(len(clients), burst, single),
+        "sustained": _compare_rates({name: sustained[name] for name in reads}),
+        "cpu_ms_per_request": told,
+        "empty_request_ms": await time_empty(clients[0]),
+    }
+
+
+def _turned(names: list[str], turn: int) -> list[str]:
+    """Each comes first in its turn: who follows whom should make no difference."""
+    first = turn % len(names)
+    return names[first:] + names[:first]
+
+
+async def time_empty(client: Client) -> float:
+    """Milliseconds, at the median, that a request takes which asks for nothing."""
+    times_s = []
+    for _ in range(NUM_EMPTY):
+        began = perf_counter()
+        await client.read(EMPTY)
+        times_s.append(perf_counter() - began)
+    return round(1000 * median(times_s), 3)
+
+
+def _compare_rates(lanes: dict[str, Lane]) -> dict[str, object]:
+    rates = {name: round(median(lane.tokens_per_s), 1) for name, lane in lanes.items()}
+    ratio = round(rates["streamed"] / rates["direct"], 3)
+    return {"tokens_per_s": rates, "throughput_ratio": ratio}
 
 
 def _compare_lanes(
@@ -136,14 +101,12 @@ def _compare_lanes(
     def added(lanes: dict[str, Lane], name: str, measure: Callable[[Trial], float]) -> float:
         return round(lanes[name].median_ms(measure) - lanes["direct"].median_ms(measure), 3)
 
-    rates = {name: round(median(lane.tokens_per_s), 1) for name, lane in seen.items()}
     return {
         "streams": streams,
         "added_ms_per_request": added(single, "whole", lambda trial: trial.end_s),
         "added_ms_to_first_token": added(single, "streamed", lambda trial: trial.first_s),
         "added_ms_per_streamed_token": added(seen, "streamed", lambda trial: trial.between_s),
-        "tokens_per_s": rates,
-        "throughput_ratio": round(rates["streamed"] / rates["direct"], 3),
+        **_compare_rates(seen),
     }
 
 
@@ -216,7 +179,7 @@ def wait_ready(url: str, process: "subprocess.Popen[str]") -> None:
     """Wait until a server takes requests. Raises EngineError if it ends, or takes too long."""
     until = monotonic() + READY_S
     while monotonic() < until and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError):
+        with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{url}/health/ready", timeout=10).close()
             return
         sleep(0.05)
@@ -225,15 +188,29 @@ def wait_ready(url: str, process: "subprocess.Popen[str]") -> None:
 
 def print_report(rows: Sequence[dict[str, object]], load: dict[str, object]) -> None:
     """Tables for people, then one line of JSON for programs."""
-    head = "streams  ms/request  ms to first  ms/streamed token  tokens/s direct -> served (ratio)"
-    typer.echo(f"added by the gateway, medians\n{head}")
+    typer.echo("added by the gateway, medians; tokens/s of the engine alone -> served (ratio)")
+    typer.echo(
+        "streams  ms/request  ms to first  ms/streamed token  "
+        f"{'all at once':>26}  {'sustained, lengths differ':>26}"
+    )
     for row in rows:
-        rates = row["tokens_per_s"]
-        assert isinstance(rates, dict)
+        sustained = row["sustained"]
+        assert isinstance(sustained, dict)
         typer.echo(
             f"{row['streams']:>7}  {row['added_ms_per_request']:>10}  "
             f"{row['added_ms_to_first_token']:>11}  {row['added_ms_per_streamed_token']:>17}  "
-            f"{rates['direct']:>8} -> {rates['streamed']} ({row['throughput_ratio']})"
+            f"{_tell_rates(row):>26}  {_tell_rates(sustained):>26}"
+        )
+    for row in rows:
+        typer.echo(
+            f"{row['streams']} streams, processor ms/request when sustained: "
+            f"{row['cpu_ms_per_request']}; a request for nothing takes {row['empty_request_ms']} ms"
         )
     typer.echo("under load: " + ", ".join(f"{name} {value}" for name, value in load.items()))
     typer.echo(json.dumps({"bench": "server", "overhead": rows, "load": load}))
+
+
+def _tell_rates(row: dict[str, object]) -> str:
+    rates = row["tokens_per_s"]
+    assert isinstance(rates, dict)
+    return f"{rates['direct']} -> {rates['streamed']} ({row['throughput_ratio']})"

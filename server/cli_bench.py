@@ -27,15 +27,8 @@ def bench_server(
     import asyncio
 
     from server.bench_client import Target
-    from server.bench_server import (
-        STREAMS,
-        Work,
-        compare,
-        print_report,
-        run_load,
-        server_of,
-        wait_loaded,
-    )
+    from server.bench_server import compare, print_report, run_load, server_of, wait_loaded
+    from server.bench_server_rounds import STREAMS, Work
     from server.cli import open_engine
     from server.settings_sources import read_settings
 

@@ -19,6 +19,7 @@ from engine.kernels.tiles import has_tiles
 from engine.model.context import Past
 from engine.model.transformer import Transformer, set_invariant
 from tests.hf_families import widen
+from tests.test_engine_invariant import assert_alone_and_together
 from tests.test_engine_kernels_offloaded import Quantized
 from tests.test_engine_kernels_steps import LEARNED, SIGMOID, without
 from tests.tiny import DENSE, LLAMA, MIXTRAL, MOE, random_ids, tiny_model
@@ -345,3 +346,13 @@ def test_steps_of_which_experts_get_many_rows_use_tiles(tmp_path):
     assert torch.equal(
         resident.step(fed[5:6, :1], alone)[0], resident.step(fed[:, :1], together)[5]
     )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "windows, sinks, norms"])
+def test_requests_alone_and_together_in_invariant_mode(name):
+    """Through the engine: texts of all lengths, read in sweeps with whichever come."""
+    model = make(name)
+    assert attach_kernels(model)
+    set_invariant(model)
+    plans = [("abc a" * (3 * number % 16 + 1), 4, number // 2) for number in range(12)]
+    assert_alone_and_together(model, plans, 6, 200)

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.connections import PatientProtocol
+from server.connections import MOST_HELD_BYTES, CorkedTransport, PatientProtocol
 from server.lifecycle import open_socket
 from tests.waiting import wait_for
 
@@ -69,7 +69,7 @@ def serving(app, protocol=HastyHeads):
 
 @contextlib.contextmanager
 def connection(address):
-    with socket.create_connection(address, timeout=60) as client:
+    with socket.create_connection(address, timeout=300) as client:
         yield client
 
 
@@ -89,7 +89,7 @@ def test_half_a_head_ends_the_connection(start):
 
 def test_bytes_that_trickle_in_gain_no_time():
     with serving(Flood(is_endless=False)) as address, connection(address) as client:
-        end_s = time.monotonic() + 60
+        end_s = time.monotonic() + 300
         with contextlib.suppress(OSError):
             while time.monotonic() < end_s:
                 client.sendall(b"G")
@@ -136,7 +136,7 @@ def test_a_reader_that_reads_nothing_is_gone():
     app = Flood(is_endless=True)
     with serving(app, HastyReaders) as address, connection(address) as client:
         client.sendall(REQUEST)
-        assert app.gone.wait(60)
+        assert app.gone.wait(300)
 
 
 def test_what_waits_for_a_reader_is_bounded():
@@ -158,7 +158,7 @@ def test_what_waits_for_a_reader_is_bounded():
     app = Measured(is_endless=True)
     with serving(app, Noted) as address, connection(address) as client:
         client.sendall(REQUEST)
-        assert app.gone.wait(60)
+        assert app.gone.wait(300)
     limit = 65_536  # from which on a transport asks for patience
     assert limit < max(sizes) < limit + 65_536 + 100  # and one piece
 
@@ -172,7 +172,7 @@ def test_a_reader_that_reads_slowly_is_not():
             assert client.recv(2**20)
             threading.Event().wait(0.01)
         assert not app.gone.is_set()
-    assert app.gone.wait(60)
+    assert app.gone.wait(300)
 
 
 class Speaker:
@@ -207,6 +207,81 @@ def test_streams_are_sent_byte_by_byte_as_the_parser_would(start, has_length):
         replies.append((lines, body))
     assert replies[0] == replies[1]
     assert bool(replies[0][1]) == start.startswith(b"GET")
+
+
+class Written(asyncio.Transport):
+    """Notes what is written, and whether it is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, data):
+        self.pieces.append(bytes(data))
+
+    def close(self):
+        self.pieces.append("closed")
+
+    def abort(self):
+        self.pieces.append("aborted")
+
+
+def written(use):
+    """What a transport is given that is corked and used in one turn of the loop, and later."""
+
+    async def run():
+        transport = Written()
+        corked = CorkedTransport(transport, asyncio.get_running_loop())
+        use(corked)
+        before = list(transport.pieces)
+        await asyncio.sleep(0)
+        return before, transport.pieces[len(before) :]
+
+    return asyncio.run(run())
+
+
+def write_all(corked, *pieces):
+    for piece in pieces:
+        corked.write(piece)
+
+
+def test_what_is_written_in_a_turn_goes_out_in_one_piece():
+    assert written(lambda corked: write_all(corked, b"head", b"", b"body")) == ([], [b"headbody"])
+    assert written(lambda corked: write_all(corked, b"")) == ([], [])
+
+
+def test_much_goes_out_at_once():
+    much = b"x" * (MOST_HELD_BYTES + 1)
+    told = written(lambda corked: write_all(corked, b"a", much, b"b"))
+    assert told == ([b"a" + much], [b"b"])
+
+
+def test_flushed_and_closed_are_after_what_was_written_and_aborted_is_without_it():
+    def use(end):
+        def used(corked):
+            corked.write(b"a")
+            end(corked)
+
+        return used
+
+    assert written(use(CorkedTransport.flush)) == ([b"a"], [])
+    assert written(use(CorkedTransport.close)) == ([b"a", "closed"], [])
+    assert written(use(CorkedTransport.abort)) == (["aborted"], [])
+
+
+def test_no_piece_waits_for_the_one_before_to_be_acknowledged():
+    found = []
+
+    class Seen(PatientProtocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            raw = transport.get_extra_info("socket")
+            found.append(raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    with serving(Flood(is_endless=False), Seen) as address, connection(address) as client:
+        client.sendall(REQUEST)
+        assert client.recv(1000)
+    assert found == [1]
 
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
