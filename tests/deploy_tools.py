@@ -41,7 +41,7 @@ def run_tool(*command: object, **environment: str) -> subprocess.CompletedProces
         env=ours | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

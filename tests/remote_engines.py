@@ -90,7 +90,7 @@ def hosted(
         yield engine, host
     finally:
         engine.drain(0.0)
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
         host._worker.drain(5.0)
         for one in (control, their_control, their_wire, end):

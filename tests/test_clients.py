@@ -45,12 +45,12 @@ def server():
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def is_ready(url):
     try:
-        with urllib.request.urlopen(f"{url}/health/ready", timeout=60):
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=300):
             return True
     except urllib.error.HTTPError as error:  # 503 until the model is loaded
         error.close()
@@ -162,7 +162,7 @@ def test_openai_async_many_at_once(server):
             )
             return replies, [chunk async for chunk in stream]
 
-    replies, chunks = asyncio.run(asyncio.wait_for(scenario(), 60))
+    replies, chunks = asyncio.run(asyncio.wait_for(scenario(), 300))
     assert len({reply.id for reply in replies}) == 20
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
 
@@ -198,7 +198,7 @@ def test_openai_node(server, tmp_path):
         ["node", str(script)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
         env=environment,
     )
@@ -254,7 +254,7 @@ def test_llm_command(server, tmp_path):
                 ],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=300,
                 check=False,
                 env=environment,
             )
@@ -308,7 +308,7 @@ def test_our_harness_model_scores_through_the_encoder(server):
             json.dumps({"context": "The sea was", "continuations": [" calm", " a house"]}).encode(),
             {"content-type": "application/json", "authorization": f"Bearer {KEY}"},
         ),
-        timeout=60,
+        timeout=300,
     ) as reply:
         told = json.load(reply)["data"][0]["scores"]
     assert [logprob for logprob, _ in found] == [score["logprob"] for score in told]
@@ -342,7 +342,7 @@ def test_guidellm(server, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env={
             **os.environ,
@@ -366,9 +366,9 @@ def test_curl(server):
     good = subprocess.run(
         [*common, '{"prompt": "Hi", "max_tokens": 3, "stream": true}', "-N"],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=True,
     )
     assert good.stdout.endswith(b"data: [DONE]\n\n")
-    bad = subprocess.run([*common, "{"], capture_output=True, timeout=60, check=True)
+    bad = subprocess.run([*common, "{"], capture_output=True, timeout=300, check=True)
     assert json.loads(bad.stdout)["error"]["code"] == "invalid_json"

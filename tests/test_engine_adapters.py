@@ -375,7 +375,7 @@ PLANS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     plans=PLANS,
     slots=st.lists(SLOTS, min_size=4, max_size=4),

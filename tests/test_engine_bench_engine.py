@@ -171,7 +171,7 @@ def child_in_a_thread(start):
         child = Child(start.name, ours)
         child.load(start)
         yield child
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
 
 

@@ -249,7 +249,7 @@ def child_in_a_thread():
     thread.start()
     with ours:
         yield ours
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
 
 

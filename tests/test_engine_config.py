@@ -30,6 +30,7 @@ def test_a_config_survives_its_file(tmp_path):
         ({"eos_token_ids": (-1,)}, "token id -1 is outside"),
         ({"norm_eps": -1.0}, "norm_eps is -1.0; it must lie between 0 and 1"),
         ({"norm_eps": float("inf")}, "norm_eps is inf; it must lie"),
+        ({"num_decoder_layers": 2**31}, "num_decoder_layers is 2147483648; allowed: up to 10000"),
     ],
 )
 def test_impossible_values_are_refused(change, message):

@@ -39,15 +39,15 @@ PLANS = st.lists(
     st.tuples(
         TEXTS,
         st.booleans(),
-        st.integers(1, 12),
+        st.integers(1, 8),
         st.sampled_from([0.0, 1.0, 1.7]),
-        st.integers(0, 12),
-        st.one_of(st.none(), st.integers(0, 20)),
+        st.integers(0, 8),
+        st.one_of(st.none(), st.integers(0, 14)),
         st.sampled_from([(), ("a",), ("\x00",), ("bc", "q")]),
         st.sampled_from([{}, {"top_k": 4}, {"min_p": 0.2, "presence_penalty": 1.0}]),
     ),
     min_size=1,
-    max_size=9,
+    max_size=7,
 )
 
 

@@ -139,7 +139,7 @@ def test_memory_that_is_refused_is_told_and_nothing_stays_open(saved):
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ConfigError, match=r"model: no memory for experts: .* bytes do not fit"):
         open_offloaded(path, CONFIG, resident.embedding.weight.dtype, 10**6, make_device=refuse)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before  # those of others may be closed
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -235,7 +235,7 @@ def test_two_processes_read_one_store_at_once(saved):
         for process in (one, other):
             process.stdin.write("go\n")
             process.stdin.flush()
-        answers = [process.communicate(timeout=60)[0] for process in (one, other)]
+        answers = [process.communicate(timeout=300)[0] for process in (one, other)]
     source = torch.arange(18).view(2, 9) + 3
     ones = torch.ones_like(source)
     with torch.inference_mode():

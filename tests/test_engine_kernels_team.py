@@ -115,7 +115,7 @@ def test_programs_of_two_threads_at_once_are_right():
     with team_of(2) as team:
 
         def work(number):
-            begin.wait(60)
+            begin.wait(300)
             for _ in range(rounds):
                 if not torch.equal(chains[number].run(team), expected[number]):
                     wrong.append(number)

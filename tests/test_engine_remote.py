@@ -57,7 +57,7 @@ def make(text="hello", task=None, adapter=None, fill=False, given=None, **params
 
 
 def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 60))
+    return asyncio.run(asyncio.wait_for(coroutine, 300))
 
 
 async def become(is_true):
@@ -159,7 +159,7 @@ def test_what_is_refused_is_refused_at_once_with_the_same_words():
     gate = threading.Event()
 
     def load(report):
-        gate.wait(60)
+        gate.wait(300)
         return load_tiny(report)
 
     threading.Timer(0.5, gate.set).start()
@@ -183,7 +183,7 @@ class Gate:
 
         def wait_and_step(*arguments):
             self.reached.set()
-            self.opened.wait(60)
+            self.opened.wait(300)
             return step(*arguments)
 
         loaded.model.step = wait_and_step
@@ -238,7 +238,7 @@ def test_what_a_step_under_way_makes_for_a_closed_request_is_counted():
 
     async def scenario(engine):
         stream = engine.submit(make("a", max_tokens=9, ignore_eos=True))
-        await asyncio.to_thread(gate.reached.wait, 60)
+        await asyncio.to_thread(gate.reached.wait, 300)
         stream.count_late(late.append)
         await stream.aclose()
         gate.opened.set()
@@ -255,7 +255,7 @@ def test_a_grammar_that_nobody_waits_for_any_more_makes_no_request():
     grammar = compile_grammar("choice", ["yes", "no"], TOKENIZER)
 
     async def scenario(engine, host):
-        host._compilers.submit(host_waits.wait, 60)
+        host._compilers.submit(host_waits.wait, 300)
         stream = engine.submit(make("x", grammar=grammar))
         await become(lambda: host._tickets)
         await stream.aclose()
@@ -315,7 +315,7 @@ def test_progress_of_loading_is_told():
         report("reading weights")
         workers[0].progress.begin(1000)
         workers[0].progress.add(250)
-        opened.wait(60)
+        opened.wait(300)
         return load_tiny(report)
 
     with hosted(load, workers=workers, until=lambda one: one.progress.read_bytes) as (engine, _):
@@ -347,7 +347,7 @@ def test_a_drain_out_of_time_ends_requests_with_an_error_that_says_so():
 
     async def scenario(engine):
         stream = engine.submit(make(max_tokens=30, ignore_eos=True))
-        await asyncio.to_thread(gate.reached.wait, 60)
+        await asyncio.to_thread(gate.reached.wait, 300)
         is_done = await asyncio.to_thread(engine.drain, 0.1)
         gate.opened.set()
         return is_done, (await collect(stream))[-1]
@@ -425,7 +425,7 @@ def test_an_outbox_beyond_its_bound_waits_for_its_reader_and_then_goes_on():
         read = b""
         while len(read) < 200_000:
             read += theirs.read() or b""
-        thread.join(60)
+        thread.join(300)
         assert outbox.flush(60)
         assert read == b"".join(frames)
         theirs.wait()  # it was rung

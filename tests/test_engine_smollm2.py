@@ -29,7 +29,7 @@ PROMPTS = [
     "1, 2, 3, 4,",
 ]
 CHATS = ["What is gravity?", "Write one sentence about cats."]
-NUM_TOKENS = 20
+NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")

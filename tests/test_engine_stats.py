@@ -32,7 +32,7 @@ def test_a_worker_counts_what_it_does_together():
             async for _ in stream:
                 pass
 
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    asyncio.run(asyncio.wait_for(scenario(), 300))
     work = worker.stats().work
     assert worker.drain(60)
     assert work.rows == 12  # a row each for five tokens, of which the first needs no step

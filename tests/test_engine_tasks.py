@@ -224,7 +224,7 @@ def make_mixed(number, config, plan):
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     plans=MIXES,
     max_rows=st.integers(1, 5),

@@ -15,7 +15,7 @@ def pieces(num):
 
 
 def run(scenario):
-    return asyncio.run(asyncio.wait_for(scenario(), 60))
+    return asyncio.run(asyncio.wait_for(scenario(), 300))
 
 
 def test_who_listens_hears_what_came_before_and_nothing_after_the_end():

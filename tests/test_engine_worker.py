@@ -42,7 +42,7 @@ from tests.tiny import MOE, byte_tokenizer, tiny_model
 from tests.waiting import wait_for
 
 TOKENIZER = byte_tokenizer()
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 def request(text="hello", request_id="r", **params) -> Request:
@@ -706,7 +706,7 @@ def test_a_worker_that_goes_on_is_left_alone_by_its_watch():
     assert (worker.state, worker.stalled_s()) == ("ready", 0.0)
     assert worker.drain(TIMEOUT_S)
     worker._ended.wait(TIMEOUT_S)
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() <= threads)  # others may end
 
 
 def test_a_device_that_is_lost_fails_the_worker_for_good():
@@ -762,7 +762,7 @@ def test_experts_that_arrive_after_the_drain_are_closed(tmp_path):
     assert worker.state == "stopped"
     assert opened[0] >= 4  # a store for each layer
     assert num_stores() == 0
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() <= threads)  # others may end
 
 
 def test_a_model_that_does_not_fit_its_tokenizer_is_closed():
@@ -922,4 +922,4 @@ def test_thousands_of_requests_with_cancels_and_failures_leave_nothing_behind(ca
     assert not len(engine.scheduler)
     assert len(engine._batch._cache) == len(engine._courses) == engine._courses.nbytes == 0
     assert worker.drain(TIMEOUT_S)
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: threading.active_count() <= threads)  # others may end

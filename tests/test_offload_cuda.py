@@ -240,8 +240,8 @@ def test_stopping_a_read_does_not_block_and_leaves_the_slot_and_the_buffers_usab
     begun, go_on, done = threading.Barrier(3), threading.Event(), []
 
     def slow(out, is_cancelled):
-        begun.wait(60)
-        assert go_on.wait(60)
+        begun.wait(300)
+        assert go_on.wait(300)
         done.append(is_cancelled())
         if is_cancelled():
             raise ReadCancelled
@@ -249,7 +249,7 @@ def test_stopping_a_read_does_not_block_and_leaves_the_slot_and_the_buffers_usab
 
     running = [rig.device.read(slot, slow) for slot in (0, 1)]  # both readers are busy
     queued = rig.device.read(2, lambda out, is_cancelled: done.append("never"))
-    begun.wait(60)
+    begun.wait(300)
     queued.stop()
     queued.join()
     running[0].stop()

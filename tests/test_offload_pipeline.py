@@ -695,13 +695,13 @@ def test_stopping_does_not_block_and_ends_with_nobody_writing(host):
     begun, go_on, done = threading.Barrier(3), threading.Event(), []
 
     def slow(out, is_cancelled):
-        begun.wait(60)
-        assert go_on.wait(60)
+        begun.wait(300)
+        assert go_on.wait(300)
         done.append(is_cancelled())
 
     first = [host.read(slot, slow) for slot in (0, 1)]  # both readers are busy
     queued = host.read(2, lambda out, is_cancelled: done.append("never"))
-    begun.wait(60)
+    begun.wait(300)
     queued.stop()
     queued.join()
     assert queued.has_failed()

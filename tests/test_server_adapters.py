@@ -538,10 +538,10 @@ def test_a_client_that_goes_in_the_middle_of_an_upload_leaves_nothing(worker, tm
             raise ConnectionError
 
         with pytest.raises(ConnectionError):
-            httpx2.put(f"{address}{ADMIN}/task/1", content=half(), headers=HEADERS, timeout=60)
+            httpx2.put(f"{address}{ADMIN}/task/1", content=half(), headers=HEADERS, timeout=300)
         wait_for(lambda: is_clean(tmp_path))
         assert not (tmp_path / "task").exists()
-        done = httpx2.put(f"{address}{ADMIN}/task/1", content=GOOD, headers=HEADERS, timeout=60)
+        done = httpx2.put(f"{address}{ADMIN}/task/1", content=GOOD, headers=HEADERS, timeout=300)
         assert done.status_code == 201
 
 
@@ -578,7 +578,7 @@ def test_versions_are_replaced_under_load_and_each_answer_is_of_one_of_them(work
 
         def load(prompt):
             body = {"model": "task", "prompt": prompt, "max_tokens": 8, "temperature": 0}
-            with httpx2.Client(headers=HEADERS, base_url=address, timeout=60) as client:
+            with httpx2.Client(headers=HEADERS, base_url=address, timeout=300) as client:
                 while not done.is_set():
                     response = ask(client, **body)
                     reference = response.headers.get("x-adapter", "none")
@@ -600,7 +600,7 @@ def test_versions_are_replaced_under_load_and_each_answer_is_of_one_of_them(work
                     body = make_tar(adapter_files(seed=version))
                     url = f"{address}{ADMIN}/task/{version}"
                     assert (
-                        httpx2.put(url, content=body, headers=HEADERS, timeout=60).status_code
+                        httpx2.put(url, content=body, headers=HEADERS, timeout=300).status_code
                         == 201
                     )
             wait_for(lambda: f"task@{versions[-1]}" in told)
@@ -618,7 +618,7 @@ def test_many_requests_wait_for_one_loading(worker, tmp_path):
         found = []
 
         def one():
-            with httpx2.Client(headers=HEADERS, base_url=address, timeout=60) as client:
+            with httpx2.Client(headers=HEADERS, base_url=address, timeout=300) as client:
                 found.append(ask(client, model="task").headers["x-adapter"])
 
         threads = [threading.Thread(target=one) for _ in range(12)]
@@ -626,6 +626,6 @@ def test_many_requests_wait_for_one_loading(worker, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        metrics = httpx2.get(f"{address}/metrics", headers=HEADERS, timeout=60).text
+        metrics = httpx2.get(f"{address}/metrics", headers=HEADERS, timeout=300).text
     assert found == ["task@1"] * 12
     assert "infmoe_adapter_loads_total 1.0" in metrics

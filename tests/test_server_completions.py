@@ -503,11 +503,11 @@ def test_client_that_leaves_cancels_its_requests(stream):
         url = httpx2.URL(address)
         with socket.create_connection((url.host, url.port)) as connection:
             connection.sendall(head.encode() + body)
-            assert engine.held.wait(60)
-        assert engine.idle.wait(60)
+            assert engine.held.wait(300)
+        assert engine.idle.wait(300)
         assert sorted(engine.cancelled) == sorted(r.request_id for r in engine.submitted)
         told = f'infmoe_requests_total{{route="{URL}",status="499"}} 1.0'
-        wait_for(lambda: told in httpx2.get(f"{address}/metrics", timeout=60).text)
+        wait_for(lambda: told in httpx2.get(f"{address}/metrics", timeout=300).text)
 
 
 def test_silence_is_filled_with_comments():
@@ -515,7 +515,7 @@ def test_silence_is_filled_with_comments():
     with (
         live_server(engine, keep_alive_s=0.02) as address,
         httpx2.stream(
-            "POST", address + URL, json={"prompt": "a", "stream": True}, timeout=60
+            "POST", address + URL, json={"prompt": "a", "stream": True}, timeout=300
         ) as response,
     ):
         lines = response.iter_lines()
@@ -1061,7 +1061,7 @@ def test_long_bodies_hold_up_each_other_only():
             for _ in range(4)
         ]
         await asyncio.sleep(0.01)
-        assert await asyncio.wait_for(gateway.build(asking(9), lambda: 7), 60) == 7
+        assert await asyncio.wait_for(gateway.build(asking(9), lambda: 7), 300) == 7
         end.set()
         assert await asyncio.gather(*long) == [True] * 4
 

@@ -48,7 +48,7 @@ def served(model, *options):
         child = None
         try:
             address = GREETING.search(process.stderr.readline())[1]
-            with httpx2.Client(base_url=address, timeout=60) as client:
+            with httpx2.Client(base_url=address, timeout=300) as client:
                 wait_for(lambda: client.get("/health/ready").status_code == 200)
                 (child,) = children_of(process.pid)
                 yield process, client, child
@@ -97,7 +97,7 @@ def test_it_serves_texts_adapters_grammars_and_metrics_and_drains(model, tmp_pat
         planned = client.get("/v1/info").json()["plan"]
         assert 0 < planned["planned_bytes"]["host"] <= planned["budget_bytes"]["host"]
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
         wait_for(lambda: not is_running(child))
 
 
@@ -111,7 +111,7 @@ def test_an_engine_that_is_killed_ends_streams_with_an_error_and_the_server(mode
         assert first.startswith("data: {")
         assert '"engine_failure"' in rest[-2]
         assert rest[-1] == "data: [DONE]"
-        assert process.wait(60) == 1
+        assert process.wait(300) == 1
         assert "it was ended by SIGKILL, which the system sends when" in process.stderr.read()
 
 
@@ -119,7 +119,7 @@ def test_an_engine_does_not_outlive_its_server_even_where_it_is_stuck(model):
     with served(model) as (process, client, child):
         os.kill(child, signal.SIGSTOP)  # it cannot see that its sockets are closed
         process.kill()
-        process.wait(60)
+        process.wait(300)
         wait_for(lambda: not is_running(child))
 
 
@@ -133,7 +133,7 @@ def test_a_server_that_is_told_to_go_while_it_loads_takes_its_engine_along(model
             wait_for(lambda: children_of(process.pid))
             (child,) = children_of(process.pid)
             process.terminate()
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
             wait_for(lambda: not is_running(child))
         finally:
             process.kill()

@@ -73,6 +73,12 @@ class Hasty(PatientProtocol):
     write_s = 0.5
 
 
+class Unhurried(PatientProtocol):
+    """For clients that are as slow as the machine."""
+
+    head_s = write_s = 300.0
+
+
 class House:
     """A server in a thread of this process, with its engine."""
 
@@ -89,7 +95,7 @@ class House:
             return len(asyncio.all_tasks()), files, body_room(self.server.config.app).used
 
         stats = self.worker.stats()
-        counts = asyncio.run_coroutine_threadsafe(count(), self.loop).result(60)
+        counts = asyncio.run_coroutine_threadsafe(count(), self.loop).result(300)
         return Level(stats.running, stats.queued, *counts)
 
     def is_idle(self):
@@ -99,7 +105,7 @@ class House:
     def samples(self):
         """The counts of choices by end."""
         told = Counter()
-        reply = httpx2.get(f"{self.url}/metrics", headers=AUTH, timeout=60)
+        reply = httpx2.get(f"{self.url}/metrics", headers=AUTH, timeout=300)
         for line in reply.text.splitlines():
             if line.startswith("infmoe_finished_total{"):
                 name, value = line.split()
@@ -117,11 +123,11 @@ def body_room(app):
 
 
 @contextlib.contextmanager
-def house_of(worker, protocol=PatientProtocol, send_bytes=None, **settings):
+def house_of(worker, protocol=Unhurried, send_bytes=None, **settings):
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     if send_bytes is not None:  # its connections inherit it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
-    app = create_app(worker, Settings(**settings))
+    app = create_app(worker, Settings(**{"body_timeout_s": 300.0} | settings))
     config = uvicorn.Config(
         app, http=protocol, lifespan="off", ws="none", log_config=None, access_log=False
     )
@@ -139,7 +145,7 @@ def house_of(worker, protocol=PatientProtocol, send_bytes=None, **settings):
         yield house
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
 
 
@@ -159,7 +165,7 @@ def working(model=None, **options):
 @contextlib.contextmanager
 def nothing_left(house):
     """All that was begun in here has ended, and nothing is left of it."""
-    with httpx2.Client(base_url=house.url, headers=AUTH, timeout=60) as client:  # warm up
+    with httpx2.Client(base_url=house.url, headers=AUTH, timeout=300) as client:  # warm up
         assert client.post(URL, json={"prompt": "a", "max_tokens": 1}).status_code == 200
     wait_for(house.is_idle)
     before = house.level()
@@ -192,7 +198,7 @@ def connect(house, receive_bytes=None):
     client = socket.socket()
     if receive_bytes is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    client.settimeout(60)
+    client.settimeout(300)
     client.connect(house.address)
     return client
 
@@ -269,7 +275,7 @@ def test_who_vanishes_while_waiting_for_a_thread_gives_up_the_place():
     async def run():
         busy = [asyncio.create_task(build(stay, occupy)) for _ in range(BUILDER_THREADS)]
         for _ in busy:
-            assert await asyncio.to_thread(begun.acquire, timeout=60)
+            assert await asyncio.to_thread(begun.acquire, timeout=300)
         for _ in range(2 * MAX_WAITING):  # none of them is refused
             with pytest.raises(ClientDisconnect):
                 await build(vanish, list)
@@ -280,7 +286,7 @@ def test_who_vanishes_while_waiting_for_a_thread_gives_up_the_place():
     engine = FakeEngine()
     gateway = Gateway(engine, Settings(), Metrics(engine), None)
     try:
-        asyncio.run(asyncio.wait_for(run(), 60))
+        asyncio.run(asyncio.wait_for(run(), 300))
     finally:
         go_on.set()
 
@@ -324,7 +330,7 @@ def test_bodies_that_stop_half_way_end_in_time(worker):
         seen = asyncio.run_coroutine_threadsafe(see_bytes(house), house.loop)
         for client in clients:
             client.sendall(whole[:-1])
-        seen.result(60)
+        seen.result(300)
         for client in clients:
             assert read_all(client).startswith(b"HTTP/1.1 408 ")
 
@@ -382,7 +388,7 @@ def test_who_reads_nothing_holds_no_row_and_no_memory(worker, is_stream):
             client.sendall(request_bytes(body))
         wait_for(lambda: worker.num_accepted == num_accepted)
         # Nobody reads; a good client is served all the same, when its turn comes.
-        good = httpx2.post(f"{house.url}{URL}", json=LONG, headers=AUTH, timeout=60)
+        good = httpx2.post(f"{house.url}{URL}", json=LONG, headers=AUTH, timeout=300)
         assert good.status_code == 200
         wait_for(house.is_idle)
 
@@ -429,7 +435,7 @@ def test_200_slow_clients_of_whom_half_vanish(worker):
             client.sendall(request_bytes(streamed, headers=told))
         half = [cut(request_bytes(short, headers=told), 16) for _ in senders]
         trickle(senders, [parts[:8] for parts in half])
-        good = httpx2.post(f"{house.url}{URL}", json=short, headers=AUTH, timeout=60)
+        good = httpx2.post(f"{house.url}{URL}", json=short, headers=AUTH, timeout=300)
         assert good.status_code == 200
         for client in (*senders[::2], *readers[::2]):
             client.close()
@@ -445,7 +451,7 @@ def test_more_requests_than_the_queue_holds():
     step = model.step
 
     def held_up(tokens, cache):  # until somebody found no place any more
-        assert is_refused.wait(60)
+        assert is_refused.wait(300)
         return step(tokens, cache)
 
     def ask(number):
@@ -460,7 +466,7 @@ def test_more_requests_than_the_queue_holds():
     with working(model, max_queue=8) as small, house_of(small) as house, nothing_left(house):
         is_refused.clear()
         with (
-            httpx2.Client(base_url=house.url, headers=AUTH, timeout=60) as client,
+            httpx2.Client(base_url=house.url, headers=AUTH, timeout=300) as client,
             ThreadPoolExecutor(40) as pool,
         ):
             replies = list(pool.map(ask, range(80)))
@@ -485,7 +491,7 @@ def breaking(model, error):
         nonlocal num_left
         num_left -= 1
         if num_left < 0 and not is_mended.is_set():
-            assert is_broken.wait(60)
+            assert is_broken.wait(300)
             raise error
         return step(tokens, cache)
 
@@ -504,29 +510,29 @@ def test_an_engine_that_fails_in_mid_stream(is_device_lost, caplog):
         def ask(number):
             body = LONG | {"stream": number % 2 == 0}
             url = f"{house.url}{URL}"
-            with httpx2.stream("POST", url, json=body, headers=AUTH, timeout=60) as reply:
+            with httpx2.stream("POST", url, json=body, headers=AUTH, timeout=300) as reply:
                 begun.release()
                 return reply.status_code, reply.read().decode()
 
         with ThreadPoolExecutor(10) as pool:
             replies = [pool.submit(ask, number) for number in range(10)]
             try:
-                assert begun.acquire(timeout=60)
+                assert begun.acquire(timeout=300)
                 wait_for(lambda: worker.num_accepted == 10)
             finally:
                 is_broken.set()
-            replies = [reply.result(60) for reply in replies]
+            replies = [reply.result(300) for reply in replies]
         for number, (status, text) in enumerate(replies):
             check_failure(status, text, is_stream=number % 2 == 0)
         assert house.samples() == {"failed": 10}
         assert "tensor(" not in caplog.text
         is_mended.set()
-        after = httpx2.post(f"{house.url}{URL}", json=LONG, headers=AUTH, timeout=60)
+        after = httpx2.post(f"{house.url}{URL}", json=LONG, headers=AUTH, timeout=300)
         if not is_device_lost:  # that was the end of those requests, not of the engine
             assert after.status_code == 200
             return
         assert (after.status_code, after.json()["error"]["code"]) == (503, "engine_failed")
-        assert httpx2.get(f"{house.url}/health/ready", timeout=60).status_code == 503
+        assert httpx2.get(f"{house.url}/health/ready", timeout=300).status_code == 503
 
 
 def check_failure(status, text, *, is_stream):
@@ -565,7 +571,7 @@ def test_a_full_disk_refuses_uploads_and_serves_on(worker, small_disk):
     settings = {"adapters": small_disk, "api_key": KEY, "adapter_poll_s": 3600.0}
     with (
         house_of(worker, **settings) as house,
-        httpx2.Client(base_url=house.url, headers=AUTH, timeout=60) as client,
+        httpx2.Client(base_url=house.url, headers=AUTH, timeout=300) as client,
     ):
         body = LONG | {"model": "task", "max_tokens": 8, "temperature": 0}
         text = client.post(URL, json=body).json()["choices"][0]["text"]

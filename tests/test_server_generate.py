@@ -174,16 +174,16 @@ def test_a_client_that_leaves_frees_its_row(url, stream):
 
     def held_up(tokens, cache):
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         return step(tokens, cache)
 
     model.step = held_up
     with tiny_worker(model) as worker, live_server(worker) as address:
         try:
             place = httpx2.URL(address)
-            with socket.create_connection((place.host, place.port), timeout=60) as client:
+            with socket.create_connection((place.host, place.port), timeout=300) as client:
                 client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-                assert begun.wait(60)
+                assert begun.wait(300)
             wait_for(lambda: worker.stats().cancelled == 8)
         finally:
             go_on.set()

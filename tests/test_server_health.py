@@ -130,7 +130,7 @@ def read_events(engine, steps, keep_alive_s=60.0):
                 steps.pop(0)()
         return told
 
-    return asyncio.run(asyncio.wait_for(scenario(), 60))
+    return asyncio.run(asyncio.wait_for(scenario(), 300))
 
 
 def test_startup_events_follow_loading_to_its_end():

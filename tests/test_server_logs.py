@@ -184,7 +184,7 @@ def test_a_server_that_logs_json_prints_nothing_else(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 1

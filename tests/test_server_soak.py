@@ -36,6 +36,7 @@ CACHE_BYTES, KEPT_BYTES = 4_000_000, 30_000
 LONG = {"max_tokens": 200, "ignore_eos": True}
 # A leak of one small object by each request would be 9,000 of them, and 2 MB of 200 bytes each.
 SLACK_OBJECTS = 1_500
+SLACK_TENSOR_BYTES = 200_000  # a leak of one vector by each request would be 1.2 MB
 SLACK_BYTES = 64 * 2**20  # what allocators keep goes up and down, after thousands of tests by more
 
 BODIES = {
@@ -136,11 +137,13 @@ async def soak(app, number, num_requests, statuses):
         await ask(app, path, raw.encode(), statuses, patience, stay_s)
 
 
-def measure():
+def measure(worker):
+    """Objects, bytes of tensors but for arenas of rows, which are not given back, and resident."""
     gc.collect()
     tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
     tensors = [one for one in tensors if one.layout is torch.strided]  # others are no test's here
-    return len(gc.get_objects()), sum(one.nbytes for one in tensors), resident_bytes()
+    num_bytes = sum(one.nbytes for one in tensors) - worker._engine._batch.nbytes
+    return len(gc.get_objects()), num_bytes, resident_bytes()
 
 
 def require_empty(app, worker):
@@ -179,12 +182,12 @@ def test_10_000_requests_that_are_given_up_leave_nothing_behind(tmp_path, caplog
 
         with asyncio.Runner() as runner:
             warm = runner.run(scenario(WARM_UP))
-            before = measure()
+            before = measure(worker)
             statuses = runner.run(scenario(NUM_ROUNDS))
-            after = measure()
+            after = measure(worker)
     # what is written for who has gone already; never 429: each that goes gives up its place
     assert (warm + statuses).keys() == {200, CLIENT_GONE}
     assert worker.stats().cancelled > (WARM_UP + NUM_ROUNDS) / 4  # others were never begun
     assert after[0] < before[0] + SLACK_OBJECTS, (before, after)
-    assert after[1] <= before[1] + KEPT_BYTES, (before, after)
+    assert after[1] < before[1] + KEPT_BYTES + SLACK_TENSOR_BYTES, (before, after)
     assert after[2] < before[2] + SLACK_BYTES, (before, after)

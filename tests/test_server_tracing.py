@@ -166,7 +166,7 @@ def test_a_receiver_that_is_not_there_costs_nothing_but_spans(caplog):
         assert time.monotonic() - start_s < 20 * EXPORT_S  # if each waited for its export
         closing = threading.Thread(target=tracing.close, daemon=True)
         closing.start()
-        closing.join(60)
+        closing.join(300)
         assert not closing.is_alive()
 
 
@@ -212,5 +212,5 @@ def run_python(code):
     lines = [line.removeprefix("        ") for line in code.splitlines()]
     command = [sys.executable, "-c", "\n".join(lines)]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     ).stdout

@@ -1,6 +1,5 @@
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 
 from engine.checkpoint import load_model
 from engine.errors import ConfigError
+from tests.ports import free_port
 from tests.tiny import MOE
 from tests.training_recipes import SMALL, recipe_text, rows, tiny_recipe
 from training.distributed import ALONE, Workers, open_workers
@@ -32,10 +32,7 @@ def write_recipe(path: Path, steps: int, *, experts: int = 0, **train):
 
 def start_pair(recipe: Path, run: Path) -> list[subprocess.Popen]:
     """Two processes with what torchrun tells its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "server", "train", str(recipe), str(run), "--threads", "1"]
     return [
         subprocess.Popen(

@@ -3,6 +3,7 @@ import random
 import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,10 +321,11 @@ def test_kills_at_random_points_change_nothing(tmp_path):
         while not metrics.exists() or metrics.stat().st_size < wanted:
             if process.poll() is not None:
                 break
+            time.sleep(0.002)
         process.kill()
         process.communicate()
     process = start_training(path, tmp_path / "run")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     model = load_model(tmp_path / "run" / "model", torch.float32)

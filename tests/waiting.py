@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 60.0  # to be reached by what never comes only
+PATIENCE_S = 300.0  # to be reached by what never comes only
 
 
 def wait_for(

@@ -253,7 +253,7 @@ def draw(runs: Runs, path: Path) -> None:
         axes.set_xlabel(f"training, TFLOP ({title})")
         axes.grid(alpha=0.3)
     charged.set_ylabel("validation loss (nats per byte)")
-    charged.legend()
+    charged.legend(loc="upper right")
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)

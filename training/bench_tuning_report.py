@@ -240,7 +240,7 @@ def draw(findings: Findings, path: Path) -> None:
     curves.set_xlabel("processor seconds of its own steps")
     curves.set_ylabel("accuracy, dev rows")
     curves.grid(alpha=0.3)
-    curves.legend()
+    curves.legend(loc="lower right")
     names = [*reversed(MASKS), *reversed(PLACES[1:])]
     found = [findings.scores[name] for name in names]
     low = [one.value - (one.low or 0.0) for one in found]

@@ -31,7 +31,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or valid:
-        axes.legend()
+        axes.legend(loc="upper right")  # to look for the best place may take seconds
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)
@@ -60,7 +60,7 @@ def plot_runs(curves: Sequence[RunCurve], path: Path) -> None:
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats per token)")
-    panels[0].legend()
+    panels[0].legend(loc="upper right")
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)
