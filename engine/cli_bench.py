@@ -71,7 +71,7 @@ def bench_engine(
         typer.Option(
             "--invariant",
             help="Measure ours in batch-invariant mode too, in which a row alone and in any batch "
-            "has the same bits. With many rows it takes up to twice as long; see ours_over_invariant.",
+            "has the same bits. Many rows take up to twice as long; see ours_over_invariant.",
         ),
     ] = False,
     adapters: Annotated[
