@@ -14,8 +14,8 @@ from engine.convert import inspect
 from engine.errors import CheckpointError
 from engine.experts import load_offloaded
 from engine.kernels.attach import attach_kernels
+from engine.kernels.processor import has_tiles
 from engine.kernels.sweep import ROW_STEP, can_sweep
-from engine.kernels.tiles import has_tiles
 from engine.model.context import Past
 from engine.model.transformer import Transformer, set_invariant
 from tests.hf_families import widen

@@ -10,7 +10,7 @@ from engine.kernels.builder import KINDS
 from engine.kernels.step import StepProgram
 from engine.kernels.sweep import SweepProgram, can_sweep
 from engine.kernels.team import the_team
-from engine.kernels.warm import compile_elsewhere
+from engine.kernels.warm import compile_elsewhere, compile_work
 from engine.model.transformer import Transformer
 
 
@@ -44,6 +44,7 @@ def _is_readable(weight: Tensor, dtype: torch.dtype, name: str) -> bool:
 def warm_up() -> None:
     """Compile, unless that was kept on disk, and start the threads of the team."""
     compile_elsewhere()
+    compile_work()
     nothing = np.zeros((1, ops.COLUMNS), np.int64)
     nothing[0, 0] = ops.NORM
     the_team().run(nothing, 0, 0)

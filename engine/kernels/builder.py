@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.kernels import ops
 from engine.kernels.curves import ACTIVATIONS
+from engine.kernels.processor import has_tiles
 from engine.kernels.team import Table, the_team
-from engine.kernels.tiles import DEPTH, ROWS, SUM_BYTES, has_tiles
+from engine.kernels.tiles import DEPTH, ROWS, SUM_BYTES
 from engine.model.attention import SelfAttention
 from engine.model.layers import RMSNorm
 

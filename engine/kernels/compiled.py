@@ -14,6 +14,8 @@ from numba import njit
 from numba.core import config
 from numba.extending import intrinsic
 
+from engine.kernels.processor import has_tiles
+
 # Sums of a row may be taken in any order, the same each time.
 LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -23,9 +25,10 @@ def cache_directory() -> str:
     """Where machine code of exactly these sources is kept.
 
     Empty if nothing can be written there, or others can write there as well. Numba itself looks
-    only at the file of a function, not at what is compiled into it.
+    only at the file of a function, not at what is compiled into it; nor at what the system allows:
+    code that was made where tiles are forbidden computes nothing of what needs them.
     """
-    digest = sha256(numba.__version__.encode())
+    digest = sha256(f"{numba.__version__} {has_tiles()}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     try:

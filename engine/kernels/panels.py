@@ -15,6 +15,7 @@ from engine.kernels.curves import activate
 from engine.kernels.memory import floats, stored, words
 from engine.kernels.mixture import last_wanted
 from engine.kernels.norms import normalize
+from engine.kernels.processor import has_tiles
 from engine.kernels.tiles import (
     DEPTH,
     OUTPUTS,
@@ -22,7 +23,6 @@ from engine.kernels.tiles import (
     TILE_BYTES,
     add_tile,
     call,
-    has_tiles,
     pack,
     pointer_to,
     put_tile,

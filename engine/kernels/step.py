@@ -13,8 +13,8 @@ from engine.config import ModelConfig
 from engine.kernels import ops
 from engine.kernels.builder import Builder
 from engine.kernels.moe import StepBuffers, StepMixture, can_route
+from engine.kernels.processor import has_tiles, has_wide_vectors
 from engine.kernels.team import the_team
-from engine.kernels.tiles import has_tiles, has_wide_vectors
 from engine.model.attention import CrossAttention, SelfAttention
 from engine.model.blocks import DecoderCache
 from engine.model.layers import FeedForward

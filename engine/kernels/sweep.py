@@ -5,7 +5,9 @@ Rows are the tokens of all texts, one after the other, without padding.
 Shape letters: B texts, S positions, N rows, D model width, W numbers kept of a position.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -25,9 +27,10 @@ from engine.kernels.panel_builder import (
     panel_scratch_bytes,
     set_rows,
 )
+from engine.kernels.processor import has_tiles
 from engine.kernels.sweep_attention import BLOCK, look_bytes
 from engine.kernels.team import the_team
-from engine.kernels.tiles import DEPTH, ROWS, has_tiles
+from engine.kernels.tiles import DEPTH, ROWS
 from engine.model.attention import SelfAttention
 from engine.model.blocks import Block
 from engine.model.context import Past, context_width
@@ -71,7 +74,8 @@ class SweepProgram:
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._idle: list[Room] = []
+        # the memory plan knows of one: what a second pass at the same time had is let go
+        self._idle: deque[Room] = deque(maxlen=1)
 
     @torch.no_grad()
     def read_layers(
@@ -83,6 +87,8 @@ class SweepProgram:
         """
         if not len(x_ND):
             return
+        if past is not None:
+            past = _laid_out(past, context_BSW.dtype)
         texts = self._texts(lengths, context_BSW, past)
         room = self._take(texts)
         try:
@@ -109,7 +115,7 @@ class SweepProgram:
         whole = [-(-(text.past + text.length) // BLOCK) * BLOCK for text in texts]
         rows = sum(text.length for text in texts)
         asked = Size(rows, sum(whole), len(texts), max(whole))
-        while self._idle:
+        with suppress(IndexError):  # there is none, or another thread has it
             room = self._idle.pop()
             if room.size.holds(asked) and room.threads == the_team().threads:
                 return room
@@ -118,6 +124,14 @@ class SweepProgram:
         asked = Size(*(-(-n // step) * step for n, step in zip(asked, steps, strict=True)))
         with torch.inference_mode(mode=False):  # written in other modes as well
             return Room(self._model, asked)
+
+
+def _laid_out(past: Past, dtype: torch.dtype) -> Past:
+    """A past as programs read it: what is kept of positions side by side, in the dtype of all."""
+    longest = int(past.lengths_B.max())
+    if longest > past.capacity:
+        raise ValueError(f"{longest} positions of a past do not fit its context of {past.capacity}")
+    return past._replace(context_BPW=past.context_BPW.to(dtype).contiguous())
 
 
 def can_sweep(model: Transformer) -> bool:

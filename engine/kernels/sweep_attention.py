@@ -16,12 +16,12 @@ from engine.kernels.compiled import compiled, inlined
 from engine.kernels.curves import constant, exponential
 from engine.kernels.memory import floats, halves, store, stored, words
 from engine.kernels.panels import ONE_PANEL, PANEL_SUM_BYTES, WIDE
+from engine.kernels.processor import has_tiles
 from engine.kernels.tiles import (
     DEPTH,
     OUTPUTS,
     ROWS,
     TILE_BYTES,
-    has_tiles,
     pack,
     put_tile,
     release,

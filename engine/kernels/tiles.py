@@ -6,18 +6,15 @@ rows, in pairs. Sums are in fp32. What a row gets does not depend on the others.
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 """
 
-import ctypes
-import platform
-import sys
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 
 from engine.kernels.compiled import compiled, inlined
 from engine.kernels.memory import floats
+from engine.kernels.processor import has_tiles
 from engine.kernels.vectors import (
     F32,
     I8,
@@ -34,24 +31,6 @@ from engine.kernels.vectors import (
 OUTPUTS, ROWS, DEPTH = 16, 16, 32  # of a tile
 TILE_BYTES = 1024
 SUM_BYTES = 2 * TILE_BYTES  # what sums need
-PERMISSION, TILE_DATA = 0x1023, 18  # of arch_prctl; the state that must be asked for
-ARCH_PRCTL = 158
-
-
-@lru_cache(maxsize=1)
-def has_tiles() -> bool:
-    """Whether this CPU has the unit, and the system lets this process use it."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    features = binding.get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-bf16")):
-        return False
-    return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, PERMISSION, TILE_DATA) == 0)
-
-
-def has_wide_vectors() -> bool:
-    """Whether 16 numbers of fp32 are one vector of this CPU, and 16 of those fit its registers."""
-    return bool(binding.get_host_cpu_features().get("avx512f"))
 
 
 def call(builder: ir.IRBuilder, name: str, *arguments: Any) -> None:

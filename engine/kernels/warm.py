@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 from numba import types
 
@@ -26,8 +27,18 @@ LONGEST_S = 900.0
 
 
 def compile_work() -> None:
-    """Compile what runs programs, and keep it."""
-    work.compile((types.int64,) * 3)  # type: ignore[attr-defined]  # a dispatcher
+    """Compile what runs programs, and keep it; or load what was kept.
+
+    What cannot be read, as a machine went down before it was on disk, is made anew.
+    """
+    signature = (types.int64,) * 3
+    try:
+        work.compile(signature)  # type: ignore[attr-defined]  # a dispatcher
+    except (EOFError, UnpicklingError) as error:
+        logger.warning("compiled kernels are damaged, and are compiled anew: %s", error)
+        for index in Path(cache_directory()).rglob("*.nbi"):
+            index.unlink(missing_ok=True)
+        work.compile(signature)  # type: ignore[attr-defined]
 
 
 def compile_elsewhere() -> None:
@@ -41,6 +52,11 @@ def compile_elsewhere() -> None:
     elif not any(Path(directory).rglob(KEPT)):
         script = SCRIPT.format(path=sys.path)
         try:
-            subprocess.run([sys.executable, "-c", script], check=True, timeout=LONGEST_S)
+            subprocess.run(
+                [sys.executable or "", "-c", script],
+                check=True,
+                stdin=subprocess.DEVNULL,  # it is this process that is spoken to
+                timeout=LONGEST_S,
+            )
         except (OSError, subprocess.SubprocessError) as error:
             logger.warning("kernels are compiled by this process, as another could not: %s", error)

@@ -183,17 +183,20 @@ class Transformer(nn.Module):
         return x_BSD, context.flat()
 
     def _suits_sweep(self, segments_BS: Tensor) -> bool:
-        """Whether rows, of one document each then, are for the kernels."""
+        """Whether rows are for the kernels: of one document each then."""
         if self.sweep_kernels is None or torch.is_grad_enabled() or not segments_BS.numel():
             return False
-        return bool((segments_BS <= 1).all())
+        if segments_BS.max() > 1:
+            return False
+        return bool((segments_BS[:, 1:] <= segments_BS[:, :-1]).all())  # with padding behind them
 
     def _sweep(
         self, x_BSD: Tensor, segments_BS: Tensor, past: Past | None
     ) -> Generator[None, None, Tensor]:
         """The context of rows, layer by layer, by kernels."""
         assert self.sweep_kernels is not None
-        context_BSW = x_BSD.new_zeros(*x_BSD.shape[:2], context_width(self.config))
+        shape = (*x_BSD.shape[:2], context_width(self.config))
+        context_BSW = x_BSD.new_zeros(shape, dtype=self.embedding.weight.dtype)
         x_ND, lengths = x_BSD[segments_BS == 1], document_lengths(segments_BS)
         yield from self.sweep_kernels.read_layers(x_ND, lengths, context_BSW, past)
         return context_BSW
