@@ -189,15 +189,16 @@ class Room:
         self._build()
 
     def _build(self) -> None:
-        builder = self._builder
-        for index, block in enumerate(self._model.decoder.blocks()):
+        """Add all layers; of the last one only what is kept: nobody reads on behind it."""
+        builder, blocks = self._builder, self._model.decoder.blocks()
+        for index, block in enumerate(blocks):
             self._begins.append(len(builder))
             self._stops.append([])
-            self._add_attention(block, index)
-            if hasattr(block, "feed_forward"):
-                self._add_feed_forward(block.feed_forward)
-            else:
-                self._add_mixture(block.moe)
+            assert isinstance(block.self_attention, SelfAttention)
+            self._add_keys(block.self_attention, index)
+            if index + 1 < len(blocks):
+                self._add_attention(block.self_attention, index)
+                self._add_transform(block)
             self._stops[-1].append((len(builder), None))
         self._table = builder.table()
         codes = self._table[:, 0]
@@ -241,14 +242,16 @@ class Room:
                 stop(self._num_rows)
             begin = end
 
-    def _add_attention(self, block: Block, index: int) -> None:
-        builder, layer, config = self._builder, block.self_attention, self._config
-        assert isinstance(layer, SelfAttention)
+    def _add_keys(self, layer: SelfAttention, index: int) -> None:
+        builder, config = self._builder, self._config
         add_pack(builder, self._rows, self._x, self._normed, norm=layer.norm)
         add_linear(builder, self._rows, self._normed, layer.qkv, self._qkv, how=ops.WRITES)
         if config.query_key_norm == "width" or config.clip_qkv:
             builder.width_fix(self._qkv, layer)
         self._add_attention_part(ops.KEEP, layer, index, self._keep_blocks)
+
+    def _add_attention(self, layer: SelfAttention, index: int) -> None:
+        builder = self._builder
         self._add_attention_part(ops.LOOK, layer, index, self._look_blocks)
         add_pack(builder, self._rows, self._mixed, self._heads)
         add_linear(builder, self._rows, self._heads, layer.out, self._x, how=ops.ADDS)
@@ -265,6 +268,12 @@ class Room:
         row[ops.A_BLOCKS] = builder.address(blocks)
         own = 2 * 2 * config.kv_heads * config.d_kv  # bytes of a layer's key and value
         row[ops.A_CONTEXT], row[ops.A_POSITION_STRIDE] = index * own, 2 * context_width(config)
+
+    def _add_transform(self, block: Block) -> None:
+        if hasattr(block, "feed_forward"):
+            self._add_feed_forward(block.feed_forward)
+        else:
+            self._add_mixture(block.moe)
 
     def _add_feed_forward(self, layer: FeedForward) -> None:
         builder, rows = self._builder, self._rows

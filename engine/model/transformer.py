@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         *,
         keeps: bool = True,
     ) -> Generator[None, None, tuple[Tensor, Tensor]]:
-        """What the decoder makes of whole rows, (B, S, D), and the context if it is to be kept."""
+        """The context of whole rows if it is to be kept, else what the decoder makes of them."""
         length = tokens_BS.shape[1]
         position_BS = document_positions(segments_BS)
         if past is not None:
@@ -174,6 +174,9 @@ class Transformer(nn.Module):
             q_BHSK, k_BHSK, v_BHSK = block.self_attention.project(x_BSD, turn)
             if keeps:
                 context.write(index, k_BHSK, v_BHSK)
+                if index + 1 == self.config.num_decoder_layers:  # nobody reads on behind it
+                    yield
+                    break
             if kept:
                 k_BHSK, v_BHSK = join_past(kept[index], k_BHSK, v_BHSK)
             bias = biases[self._window(index)]
