@@ -40,6 +40,9 @@ SCALARS = {
 }
 LEAST_STRING_BYTES = 8  # its length
 MAX_DIMENSIONS = 4
+# Metadata and names of tensors: 10 MB of a vocabulary of 256k. As lists they take several times as
+# much, and a damaged count must not fill the memory with the tensors behind them.
+MAX_HEAD_BYTES = 256 << 20
 ALIGNMENT = 32
 Value = str | int | float | list[str] | list[int] | list[float]
 
@@ -124,6 +127,7 @@ class _Reader:
         self._path = path
         self._data = data
         self._at = len(MAGIC)
+        self._end = min(len(data), MAX_HEAD_BYTES)
 
     def header(self) -> GgufHeader:
         version = self._scalar("I")
@@ -168,7 +172,7 @@ class _Reader:
                 "know; a newer one may"
             )
         block, block_bytes = sizes[kind]
-        if not shape or shape[-1] % block:
+        if not shape or not all(shape) or shape[-1] % block:
             raise self._damaged(f"{name} has shape {list(shape)}, in blocks of {block}")
         num_bytes = math.prod(shape) // block * block_bytes
         return name, Place(self._path, kind, shape, offset, num_bytes)
@@ -180,8 +184,8 @@ class _Reader:
             return self._scalar(self._letter(kind))
         item_kind, count = self._scalar("I"), self._scalar("Q")
         if item_kind == STRING:
-            if count * LEAST_STRING_BYTES > len(self._data) - self._at:
-                raise self._damaged("a list goes on beyond its end")
+            if count * LEAST_STRING_BYTES > self._end - self._at:
+                raise self._damaged("a list goes on beyond its head")
             return [self._string() for _ in range(count)]
         items = np.dtype(f"<{self._letter(item_kind)}")
         listed: list[int] = np.frombuffer(self._take(count * items.itemsize), items).tolist()
@@ -205,8 +209,10 @@ class _Reader:
             raise self._damaged(f"{content[:40]!r} is not UTF-8") from error
 
     def _take(self, num_bytes: int) -> bytes:
-        if num_bytes > len(self._data) - self._at:
-            raise self._damaged("it ends inside its head")
+        if num_bytes > self._end - self._at:
+            if self._end == len(self._data):
+                raise self._damaged("it ends inside its head")
+            raise self._damaged(f"its head goes on beyond {MAX_HEAD_BYTES >> 20} MiB")
         self._at += num_bytes
         return self._data[self._at - num_bytes : self._at]
 

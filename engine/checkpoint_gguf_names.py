@@ -77,6 +77,7 @@ GPT2_LAYER = {
 }
 EXPERTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 MIXTRAL_BLOCK = "block_sparse_moe"
 
 
@@ -182,6 +183,7 @@ def _llama(header: GgufHeader, values: Values, found: _Half) -> Found:
     matrix = EXPERTS.get(half.removesuffix("_exps"), "")
     expert = f"{MIXTRAL[matrix] if is_mixtral and matrix else matrix}.{end}"
     if half.endswith("_exps") and matrix:
+        _check_rows(header, values, found)
         for row in range(found.shape[0]):
             yield f"{layer}.{block}.experts.{row}.{expert}", Origin((found.name,), row=row)
     elif found.part is not None and matrix:  # files of old have a tensor for each expert
@@ -198,6 +200,16 @@ def _llama(header: GgufHeader, values: Values, found: _Half) -> Found:
         elif half == "ffn_gate_inp_shexp" and len(found.shape) == 1:
             make = as_row
         yield f"{layer}.{LAYER[half]}.{end}", Origin((found.name,), make)
+
+
+def _check_rows(header: GgufHeader, values: Values, found: _Half) -> None:
+    """Raise CheckpointError unless a tensor has as many rows as there are experts."""
+    told = [values[key] for key in NUM_EXPERTS if key in values]
+    if told != [found.shape[0]]:
+        raise CheckpointError(
+            f"{header.path}: {found.name} is of {found.shape[0]} experts, its metadata tells of "
+            f"{told[0] if told else 'none'}"
+        )
 
 
 def _deepseek(header: GgufHeader, values: Values, found: _Half) -> Found:

@@ -16,6 +16,7 @@ Step = dict[str, object]
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of tokens
 SPACE = "\u2581"
+MAX_TOKEN_CHARS = 1000  # all ways to cut each in two are tried; real ones have up to 128
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -83,6 +84,10 @@ def tokenizer_texts(header: GgufHeader) -> TokenizerTexts:
     tokens = header.texts("tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{header.path}: a token is there twice")
+    if long := [token for token in tokens if len(token) > MAX_TOKEN_CHARS]:
+        raise CheckpointError(
+            f"{header.path}: a token has {len(long[0])} characters, more than any; it is damaged"
+        )
     values = _byte_level(header, tokens) if kind == "gpt2" else _sentencepiece(header, tokens)
     begins = begin_token_ids(header)
     values |= {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from engine.config import Activation
+from engine.config_parts import MAX_NUMBERS
 from engine.errors import ConfigError
 
 Values = Mapping[str, object]
@@ -40,6 +41,16 @@ def read_number(values: Values, key: str, default: float | None = None) -> float
 def read_epsilon(values: Values) -> float:
     """What is added to the mean square in a norm. Raises ConfigError if it is no number."""
     return read_number(values, "layer_norm_epsilon", 1e-6)
+
+
+def head_scale(width: int) -> float:
+    """What queries by keys of a head are usually multiplied by.
+
+    Raises ConfigError if the width is none, as of a damaged file.
+    """
+    if not 0 < width <= MAX_NUMBERS:
+        raise ConfigError(f"heads are {width} wide; it must be at least 1")
+    return float(width**-0.5)
 
 
 def read_flag(values: Values, key: str, *, default: bool = False) -> bool:

@@ -48,8 +48,10 @@ def dequantize_fp8(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Te
 
     A weight of (3, 5) in blocks of (2, 4) has scales (2, 2); that of row 2, column 4 is (1, 1).
     """
-    rows = scales.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
-    each = rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    # no more than the matrix has, which a block may be larger than
+    high, wide = (min(size, step) for size, step in zip(weight.shape, block, strict=True))
+    rows = scales.float().repeat_interleave(high, 0)[: weight.shape[0]]
+    each = rows.repeat_interleave(wide, 1)[:, : weight.shape[1]]
     return weight.float() * each
 
 
@@ -85,7 +87,10 @@ class Fp8Tensors:
         return self._tensors.shape(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor. Raises CheckpointError if it and its scales do not fit each other."""
+        """Read a tensor.
+
+        Raises CheckpointError if it and its scales do not fit each other, or give no numbers.
+        """
         if name not in self._scaled:
             return self._tensors.tensor(name)
         read = partial(read_part, self._where, self._tensors)
@@ -94,7 +99,12 @@ class Fp8Tensors:
             raise CheckpointError(f"{self._where}: {name} has scales, and shape {list(shape)}")
         grid = tuple(-(-size // step) for size, step in zip(shape, self._block, strict=True))
         weight = read(Stored(name, shape, dtype=FP8))
-        return dequantize_fp8(weight, read(Stored(name + SCALES, grid)), self._block)
+        made = dequantize_fp8(weight, read(Stored(name + SCALES, grid)), self._block)
+        if not made.isfinite().all():  # one scale spoils a whole block, and with it every answer
+            raise CheckpointError(
+                f"{self._where}: {name} or its scales hold what is no number; download it again"
+            )
+        return made
 
     def row(self, name: str, index: int) -> Tensor:
         """One of a tensor's first dimension."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.checkpoint_hf_config import (
     Values,
+    head_scale,
     read_activation,
     read_epsilon,
     read_flag,
@@ -55,7 +56,7 @@ def map_gpt2(values: Values) -> ModelConfig:
         num_encoder_layers=0,
         num_decoder_layers=read_integer(values, "n_layer"),
         positions="learned",
-        attention_scale=width**-0.5
+        attention_scale=head_scale(width)
         if read_flag(values, "scale_attn_weights", default=True)
         else 1.0,
         activation=read_activation(values, "activation_function"),

@@ -10,6 +10,7 @@ from re import compile as compile_pattern
 
 from engine.checkpoint_hf_config import (
     Values,
+    head_scale,
     read_activation,
     read_flag,
     read_ids,
@@ -67,7 +68,7 @@ def map_llama(
         num_decoder_layers=read_integer(values, "num_hidden_layers"),
         positions="rotary",
         rotary=rotary,
-        attention_scale=head_width**-0.5,
+        attention_scale=head_scale(head_width),
         activation=read_activation(values),
         norm_eps=read_number(values, "rms_norm_eps"),
         max_positions=rotary.original_positions if long_rotary else longest,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from engine.checkpoint_hf_config import (
     Values,
+    head_scale,
     read_activation,
     read_flag,
     read_ids,
@@ -54,7 +55,7 @@ def map_nllb_moe(values: Values) -> ModelConfig:
         positions="sinusoidal",
         position_offset=pad + 1,
         embedding_scale=d_model**0.5 if read_flag(values, "scale_embedding", default=True) else 1.0,
-        attention_scale=(d_model // num_heads) ** -0.5,
+        attention_scale=head_scale(d_model // num_heads),
         activation=read_activation(values, "activation_function"),
         gated=False,
         norm="layer",

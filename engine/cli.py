@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 MODEL_HELP = "Model directory, GGUF file, or smollm2."
 ModelArgument = Annotated[Path, typer.Argument(help=MODEL_HELP, parser=find_model)]
 DtypeName = Literal["fp32", "bf16", "fp16"]
+MaxLenOption = Annotated[
+    int | None,
+    typer.Option(min=2, help="Longest text; above what it was trained on for LongRoPE models."),
+]
 ExpertFormat = Literal["none", "int8", "int4"]
 
 
@@ -48,6 +53,7 @@ def generate(  # noqa: PLR0913  the options are the interface
     record_routing: Annotated[
         Path | None, typer.Option(help="Write which experts were wanted, for infmoe simulate.")
     ] = None,
+    max_model_len: MaxLenOption = None,
 ) -> None:
     """Continue a text, or fill its blanks, and print the answer as it comes."""
     from engine.beam import answer_text, beam_search
@@ -72,7 +78,8 @@ def generate(  # noqa: PLR0913  the options are the interface
     )
     if record_routing is not None:
         check_trace_path(record_routing)
-    config = read_storage(model).config
+    config = read_storage(model, max_model_len=max_model_len).config
+    config = replace(config, max_model_len=max_model_len or 0)
     tokenizer = open_tokenizer(model, config.tokenizer)
     check_tokenizer(tokenizer, config)
     text = sys.stdin.read() if text == "-" else text
@@ -87,8 +94,9 @@ def generate(  # noqa: PLR0913  the options are the interface
         workload=Workload(
             rows=beams,
             source_tokens=len(request.encoder_ids),
-            target_tokens=max_tokens + PREFIX_TOKENS,
+            target_tokens=len(request.decoder_ids) + max_tokens + PREFIX_TOKENS,
         ),
+        max_model_len=max_model_len,
     )
     with closing(loaded), recorded(loaded.model, record_routing):
         if beams > 1:

@@ -1,6 +1,7 @@
 """The command `infmoe score`: which of several continuations a model finds likeliest."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -47,6 +48,10 @@ def score(
     memory: Annotated[
         str | None, typer.Option(help="Host memory to keep within, all told: 24GiB.")
     ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest text; above what it was trained on for LongRoPE models."),
+    ] = None,
 ) -> None:
     """Say how likely each choice is and which is likeliest; with answers, how often that is right.
 
@@ -62,12 +67,13 @@ def score(
     if (text is None) == (data is None):
         raise typer.BadParameter("give a text and --choice, or --data", param_hint="TEXT")
     items = read_items(data) if data else [Item(text or "", choice or [])]
-    config = read_storage(model).config
+    config = read_storage(model, max_model_len=max_model_len).config
+    config = replace(config, max_model_len=max_model_len or 0)
     tokenizer = open_tokenizer(model, config.tokenizer)
     questions = [_question(item, tokenizer, config) for item in items]
     budget = None if memory is None else parse_bytes(memory)
     set_threads(None)
-    loaded = load_within(model, parse_dtype(dtype), budget, None)
+    loaded = load_within(model, parse_dtype(dtype), budget, None, max_model_len=max_model_len)
     right = 0
     for item, scores in zip(items, run(loaded.model, tokenizer, questions), strict=True):
         report = describe(item, scores, by)
@@ -128,11 +134,13 @@ def _item(values: object) -> Item:
 
 
 def _question(item: Item, tokenizer: "Tokenizer", config: "ModelConfig") -> "Question":
+    from engine.demands import check_task
     from engine.prompt import BLANK, build_request
-    from engine.request import SamplingParams
+    from engine.request import Continuations, SamplingParams
     from engine.scoring import make_question
 
-    request = build_request(
-        item.text, tokenizer, config, SamplingParams(), "score", fill=BLANK in item.text
-    )
-    return make_question(request, [tokenizer.encode(c) for c in item.choices], tokenizer)
+    params = SamplingParams(max_tokens=1)  # nothing is generated that would need room
+    request = build_request(item.text, tokenizer, config, params, "score", fill=BLANK in item.text)
+    question = make_question(request, [tokenizer.encode(c) for c in item.choices], tokenizer)
+    check_task(replace(request, task=Continuations(choices=question.choices)), config)
+    return question

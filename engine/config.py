@@ -1,11 +1,11 @@
 """What a model is: sizes, variants and special ids, as the native `config.json` tells."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
-from engine.config_parts import LatentAttention, Rotary, read_part
+from engine.config_parts import LatentAttention, Rotary, check_matrix, read_part
 from engine.errors import ConfigError
 
 Stack = Literal["encoder", "decoder"]
@@ -18,6 +18,7 @@ QueryKeyNorm = Literal["none", "head", "width"]
 
 FORMAT_VERSION = 1
 MAX_LAYERS = 10_000
+MAX_EXPERTS = 1_000_000  # of all layers; a Switch Transformer of 1.6e12 parameters has 30,720
 LENGTH_FACTOR = 4  # relative positions reach further than training did, but not without end
 
 
@@ -137,6 +138,10 @@ class ModelConfig:
                 f"relative_max_distance {self.relative_max_distance}"
             )
         self._check_ids()
+        widths = (self.vocab_size, self.d_ff, self.shared_d_ff, self.num_heads * self.d_kv)
+        experts = self.num_experts * self.expert_width
+        for width in (*widths, experts, self.max_positions, self.long_positions):
+            check_matrix(width, self.d_model)
         self._check_attention()
         self._check_experts()
 
@@ -180,6 +185,8 @@ class ModelConfig:
             raise ConfigError(f"dense_layers names {unknown[0]!r}, which is no layer")
         if not self.num_experts:
             return
+        if (in_all := self.num_experts * len(self._all_layers())) > MAX_EXPERTS:
+            raise ConfigError(f"there are {in_all} experts in all layers; allowed: {MAX_EXPERTS}")
         if not 1 <= self.num_experts_per_token <= self.num_experts:
             raise ConfigError(
                 f"num_experts_per_token is {self.num_experts_per_token}; "
@@ -270,10 +277,8 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """Text of `config.json`."""
-        return (
-            json.dumps({"format": "infmoe", "version": FORMAT_VERSION, **asdict(self)}, indent=2)
-            + "\n"
-        )
+        values = {"format": "infmoe", "version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(values, indent=2) + "\n"
 
 
 POSITIVE_FIELDS = (
@@ -385,15 +390,11 @@ CPM2_11B = ModelConfig(
     tokenizer="cpm2_zh",
     eos_token_ids=(7,),
 )
-CPM2_MOE_198B = ModelConfig(
+CPM2_MOE_198B = replace(
+    CPM2_11B,
     vocab_size=51968,
-    d_model=4096,
-    d_ff=10240,
-    d_kv=64,
-    num_heads=64,
-    num_encoder_layers=24,
-    num_decoder_layers=24,
     num_experts=32,
+    tokenizer="cpm2_zh_en",
     eos_token_ids=(8,),
 )
 PRESETS = {"cpm2-11b": CPM2_11B, "cpm2-moe-198b": CPM2_MOE_198B}

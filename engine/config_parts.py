@@ -1,10 +1,13 @@
 """Parts of a model's config that only some families have."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args, get_type_hints
 
 from engine.errors import ConfigError
 
+MAX_NUMBERS = 2**48  # of a matrix: no model has so many, but a damaged file may tell of more
+MAX_RANK = 2**16  # as narrow as latent vectors are, which is what they are for
 RotaryKind = Literal["plain", "linear", "llama3", "yarn", "longrope"]
 
 
@@ -39,8 +42,11 @@ class Rotary:
             raise ConfigError(f"rotary kind is {self.kind!r}; allowed: {allowed}")
         if self.width < 2 or self.width % 2:
             raise ConfigError(f"rotary width is {self.width}; it must be even and at least 2")
-        if not self.theta > 1 or not self.factor > 0 or not self.attention_factor > 0:
-            raise ConfigError("rotary: theta must be above 1, factors above 0")
+        if not 1 < self.theta < math.inf:  # NaN fails as well
+            raise ConfigError(f"rotary: theta is {self.theta}; it must be a number above 1")
+        factors = (self.factor, self.attention_factor, *self.divisors)
+        if wrong := [factor for factor in factors if not 0 < factor < math.inf]:
+            raise ConfigError(f"rotary: a factor is {wrong[0]}; it must be a number above 0")
         if self.kind in ("llama3", "yarn") and self.original_positions < 1:
             raise ConfigError(f"rotary kind {self.kind} needs original_positions")
         if self.kind == "longrope" and len(self.divisors) != self.width // 2:
@@ -68,6 +74,17 @@ class LatentAttention:
     def __post_init__(self) -> None:
         if min(self.rank, self.plain_width, self.value_width) < 1 or self.query_rank < 0:
             raise ConfigError("latent attention: ranks and widths must be at least 1")
+        if max(self.rank, self.query_rank) > MAX_RANK:
+            raise ConfigError(f"latent attention: a rank is above {MAX_RANK}; the file is damaged")
+
+
+def check_matrix(rows: int, columns: int) -> None:
+    """Raise ConfigError if a matrix is larger than any of a model: it could not even be named."""
+    if rows * columns > MAX_NUMBERS:
+        raise ConfigError(
+            f"a matrix would be {rows} by {columns}, more than {MAX_NUMBERS} numbers; the file is "
+            "damaged"
+        )
 
 
 Part = TypeVar("Part", Rotary, LatentAttention)

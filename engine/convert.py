@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +17,7 @@ from engine.checkpoint_any import load_any as load_any  # most users of this mod
 from engine.checkpoint_cpm1 import open_ranks
 from engine.checkpoint_cpm2 import Cpm2Source
 from engine.checkpoint_gguf import GgufSource
+from engine.checkpoint_stamp import stamp_file
 from engine.checkpoint_writer import (
     VOCABULARY_FILES,
     NativeWriter,
@@ -119,7 +120,8 @@ def convert(
     needed = VOCABULARY_FILES.get(source.config.tokenizer)
     if source.kind in ("cpm1", "cpm2") and needed not in source.tokenizer_files:
         raise CheckpointError(f"{src}: {needed} is missing; put it there, or name it")
-    files, identity = source.tokenizer_files, identify(src, source)
+    files = source.tokenizer_files
+    identity = identify(src, source, files.values())
     texts = source.texts if isinstance(source, GgufSource) else {}
     opened = open_writer(
         dst,
@@ -136,6 +138,7 @@ def convert(
         for item in transfer(source, str(src), writer):
             if progress is not None:
                 progress(item)
+        check_unchanged(src, identity, identify(src, source, files.values()))
         writer.finish()
 
 
@@ -219,11 +222,18 @@ def _expert_parameters(config: ModelConfig) -> int:
     return sum(map(math.prod, config.expert_shapes().values()))
 
 
-def identify(src: Path, source: Source) -> str:
-    """Where each file is, its size and age: unchanged, a killed conversion can go on."""
-    files = [
-        (str(file.resolve()), file.stat())
-        for file in (*source.files, *source.tokenizer_files.values())
-    ]
-    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
-    return json.dumps([str(src.resolve()), asdict(source.config), facts])
+def identify(src: Path, source: Source, beside: Iterable[Path] = ()) -> str:
+    """What a model and its files are, and files `beside` them: see `stamp_file`.
+
+    Unchanged, a killed conversion can go on. Raises CheckpointError if a file cannot be read.
+    """
+    stamps = [stamp_file(file) for file in (*source.files, *beside)]
+    return json.dumps([str(src.resolve()), asdict(source.config), stamps])
+
+
+def check_unchanged(src: Path, before: str, after: str) -> None:
+    """Raise CheckpointError if a model is not what it was: parts of two may have been written."""
+    if before != after:
+        raise CheckpointError(
+            f"{src}: its files changed while they were read; run it again when they are all there"
+        )

@@ -341,7 +341,11 @@ def _prepare(
         done_bytes = done.done_bytes
         on_phase(f"writing experts once: {done.done_bytes * 100 // done.total_bytes} %")
 
-    result = prepare_experts(path, dtype, report)
+    def wait() -> None:
+        progress.add(0)  # nothing hangs: another one writes
+        on_phase("waiting for another process that writes experts once")
+
+    result = prepare_experts(path, dtype, report, wait)
     return_free_heap()
     return result
 

@@ -74,7 +74,7 @@ def default_limit(engine: Engine, prompt: Prompt, decoder_prompt: Prompt) -> int
     room = engine.config.max_prompt_tokens
     if isinstance(decoder_prompt, str):
         decoder_prompt = engine.tokenizer.encode(decoder_prompt)
-    room -= len(decoder_prompt)
+    room -= len(decoder_prompt or engine.config.answer_begin_ids)
     room -= 0 if isinstance(prompt, str) else len(prompt)
     return max(1, min(DEFAULT_MAX_TOKENS, room))
 

@@ -1,6 +1,8 @@
 """GGUF files read in Hugging Face's terms: the same model as the folder that they were made of."""
 
+import os
 import shutil
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -472,6 +474,76 @@ def test_a_damaged_head_is_refused_or_read(small, place, byte):
     except CheckpointError:
         return
     assert source.config.num_decoder_layers == 1
+
+
+def head_of(*values, tensors=()):
+    """The head of a file: keys, kinds of values and their bytes; names, shapes and formats."""
+    text = struct.Struct("<Q").pack
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
+    for key, kind, content in values:
+        head += text(len(key)) + key + struct.pack("<I", kind) + content
+    for name, shape, kind, offset in tensors:
+        head += text(len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        head += struct.pack("<IQ", kind, offset)
+    return head
+
+
+ENDLESS = struct.pack("<Q", 2**63)
+NUMBERS = (b"x", 9, struct.pack("<IQ", 4, 2**40))
+TEXTS = (b"x", 9, struct.pack("<IQ", 8, 2**32))
+TOO_LONG = (b"x", 8, struct.pack("<Q", 2**34))
+LISTS = (b"x", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (head_of((b"x", 8, ENDLESS)), "its head goes on beyond 256 MiB"),
+        (head_of(NUMBERS), "its head goes on beyond 256 MiB"),
+        (head_of(TEXTS), "a list goes on beyond its head"),
+        (head_of(TOO_LONG), "its head goes on beyond 256 MiB"),
+        (head_of(LISTS), "a value is of kind 9"),
+        (head_of((b"x", 99, b"")), "a value is of kind 99"),
+        (head_of((b"general.alignment", 4, bytes(4))), "general.alignment is 0"),
+        (head_of((b"general.alignment", 11, b"\xff" * 8)), "general.alignment is -1"),
+        (head_of(tensors=[(b"a", (0,), 0, 0)]), r"a has shape \[0\]"),
+        (head_of(tensors=[(b"a", (32, 0), 2, 0)]), r"a has shape \[0, 32\]"),
+        (head_of(tensors=[(b"a", (), 0, 0)]), r"a has shape \[\]"),
+        (head_of(tensors=[(b"a", (1,) * 5, 0, 0)]), "a has 5 dimensions"),
+        (head_of(tensors=[(b"a", (2**62, 2**62), 0, 0)]), "a lies beyond its end"),
+        (head_of(tensors=[(b"a", (1,), 0, 2**64 - 32)]), "a lies beyond its end"),
+    ],
+)
+def test_heads_that_tell_of_too_much(tmp_path, head, reason):
+    path = tmp_path / "it.gguf"
+    path.write_bytes(head)
+    os.truncate(path, 2**30)  # a hole, so that the file itself is no bound
+    with pytest.raises(CheckpointError, match=rf"it\.gguf: truncated or damaged \({reason}"):
+        read_header(path)
+
+
+def test_more_experts_than_are_told_of(split, tmp_path):
+    metadata = {"llama.expert_count": 2, "llama.expert_used_count": 2}
+    values, tensors = split_content(split)
+    file = write_gguf(tmp_path / "it.gguf", "llama", values | metadata, tensors)
+    with pytest.raises(CheckpointError, match=r"exps\.weight is of 4 experts, its .* tells of 2"):
+        open_gguf(file)
+    del values["llama.expert_count"]
+    file = write_gguf(tmp_path / "none.gguf", "llama", values, tensors)
+    with pytest.raises(CheckpointError, match=r"exps\.weight is of 4 experts, .* tells of none"):
+        open_gguf(file)
+
+
+def split_content(split):
+    """Metadata and tensors of the mixture, which is in fp32."""
+    header = read_header(split[0])
+    values = {key: value for key, value in header.metadata.items() if key.startswith("llama")}
+    tensors = {
+        name: np.fromfile(place.path, np.float32, place.num_bytes // 4, offset=place.offset)
+        for name, place in header.places.items()
+    }
+    shapes = {name: place.shape for name, place in header.places.items()}
+    return values, {name: array.reshape(shapes[name]) for name, array in tensors.items()}
 
 
 @pytest.mark.parametrize("name", ["llama.block_count", "blk.0.attn_v.weight"])

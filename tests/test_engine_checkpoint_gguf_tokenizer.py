@@ -144,6 +144,7 @@ def test_tokens_in_plain_letters_and_of_the_user(tmp_path, byte_level):
         ({"tokens": None}, "tokenizer.ggml.tokens is missing; expected texts"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens is "),
         ({"tokens": ["a", "a"]}, "a token is there twice"),
+        ({"tokens": ["a", "b" * 1001]}, "a token has 1001 characters, more than any"),
         ({"token_type": [1]}, "token_type fits not its tokens"),
         ({"merges": None}, "tokenizer.ggml.merges is missing"),
         ({"eos_token_id": 10**6}, "eos_token_id is 1000000; there are 400 tokens"),

@@ -119,6 +119,11 @@ def test_dequantised_block_by_block(shape):
     assert torch.equal(dequantize_fp8(weight, scales, (128, 128)), expected)
 
 
+def test_a_block_larger_than_the_matrix():
+    weight, scales = torch.ones(3, 5).to(FP8), torch.full((1, 1), 0.5)
+    assert torch.equal(dequantize_fp8(weight, scales, (2**60, 2**60)), torch.full((3, 5), 0.5))
+
+
 ROUTED = "model.layers.1.mlp.experts.0.up_proj.weight"
 
 
@@ -128,6 +133,10 @@ ROUTED = "model.layers.1.mlp.experts.0.up_proj.weight"
         (ROUTED + SCALES, torch.ones(4, 3), r"inv has shape \[4, 3\], expected \[4, 4\]"),
         (ROUTED + SCALES, torch.ones(4, 4, dtype=torch.int32), "is torch.int32, expected one of"),
         (ROUTED + SCALES, None, r"up_proj.weight is torch.float8_e4m3fn, expected one of float64"),
+        (ROUTED + SCALES, torch.full((4, 4), torch.nan), "up_proj.weight or its scales hold what"),
+        (ROUTED + SCALES, torch.full((4, 4), torch.inf), "up_proj.weight or its scales hold what"),
+        (ROUTED, torch.full((24, 32), torch.nan).to(FP8), "up_proj.weight or its scales hold what"),
+        (ROUTED + SCALES, torch.ones(0, 4), r"inv has shape \[0, 4\], expected \[4, 4\]"),
         (ROUTED, torch.ones(24, 32), r"up_proj.weight is torch.float32, expected torch.float8_e4m"),
         ("model.norm.weight" + SCALES, torch.ones(1), r"norm.weight has scales, and shape \[32\]"),
         ("model.norm.bias" + SCALES, torch.ones(1), "does not have, first model.norm.bias_scale"),

@@ -166,16 +166,16 @@ def test_files_that_changed_are_written_anew(cache, tmp_path):
 
 
 def test_one_writes_and_another_waits(released):
-    path, writers = released("mixtral"), []
+    path, writers, waits = released("mixtral"), [], []
     with ThreadPoolExecutor(2) as pool:
 
         def begin(number):
             def wait(_):
                 if number not in writers:
                     writers.append(number)
-                    wait_for(lambda: len(begun) == 2)
+                    wait_for(lambda: waits)
 
-            return prepare_experts(path, torch.float32, wait)
+            return prepare_experts(path, torch.float32, wait, lambda: waits.append(number))
 
         begun = []
         begun.append(pool.submit(begin, 0))
@@ -183,12 +183,13 @@ def test_one_writes_and_another_waits(released):
         first, second = (future.result() for future in begun)
     assert first == second
     assert len(writers) == 1
+    assert {*waits} == {0, 1} - {*writers}
 
 
 def test_no_room_is_told(released, cache, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    message = r"Tiny\.gguf: .* XDG_CACHE_HOME names: .* bytes are needed, 1,000 are free"
+    message = r"Tiny\.gguf: .* XDG_CACHE_HOME names .* bytes are needed, 1,000 are free"
     with pytest.raises(CheckpointError, match=message):
         load(released("quantised"), 4, on_phase=nothing)
     assert find_prepared(released("quantised"), torch.bfloat16) is None
@@ -197,7 +198,7 @@ def test_no_room_is_told(released, cache, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_told(released, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="that XDG_CACHE_HOME names: .* cannot be written: "):
+    with pytest.raises(CheckpointError, match="that XDG_CACHE_HOME names .* cannot be written: "):
         load(released("quantised"), 4, on_phase=nothing)
 
 
@@ -209,3 +210,120 @@ def test_a_damaged_file_leaves_nothing(cache, tmp_path):
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         prepare_experts(path, storage.dtype, nothing)
     assert not cache.exists()
+
+
+def test_other_contents_of_the_same_size_and_age_are_seen(cache, tmp_path):
+    path = write_mixture(tmp_path / "model")
+    old, stat = prepare_experts(path, torch.float32, nothing), path.stat()
+    write_mixture(tmp_path / "model", seed=2)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert find_prepared(path, torch.float32) is None
+    assert prepare_experts(path, torch.float32, nothing) != old
+    assert not old.exists()
+
+
+def test_files_that_change_while_they_are_read(cache, tmp_path):
+    path = write_mixture(tmp_path / "model")
+
+    def change(done):
+        if done.item == "experts of decoder-1":
+            os.utime(path, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=r"Tiny.gguf: its files changed while they were read"):
+        prepare_experts(path, torch.float32, change)
+    assert find_prepared(path, torch.float32) is None
+    assert not [entry for entry in cache.iterdir() if "." not in entry.name]
+    directory = prepare_experts(path, torch.float32, nothing)
+    assert [entry for entry in cache.iterdir() if entry.is_dir()] == [directory]
+
+
+def test_files_beside_the_tensors_do_not_count(released, cache, tmp_path):
+    path = Path(shutil.copytree(released("mixtral"), tmp_path / "model"))
+    directory = prepare_experts(path, torch.float32, nothing)
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    os.utime(path / "generation_config.json", ns=(1, 1))
+    assert find_prepared(path, torch.float32) == directory
+
+
+@pytest.mark.parametrize("name", ["config.json", "experts-decoder-1.safetensors"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_is_damaged_is_written_again(released, cache, name, is_there):
+    path = released("quantised")
+    directory = prepare_experts(path, torch.float32, nothing)
+    whole = (directory / name).read_bytes()
+    if is_there:
+        os.truncate(directory / name, len(whole) - 7)
+    else:
+        (directory / name).unlink()
+    assert find_prepared(path, torch.float32) is None
+    assert prepare_experts(path, torch.float32, nothing) == directory
+    assert (directory / name).read_bytes() == whole
+    assert [entry for entry in cache.iterdir() if entry.is_dir()] == [directory]
+
+
+def test_what_was_to_be_deleted_is_no_model(released, cache):
+    path = released("quantised")
+    directory = prepare_experts(path, torch.float32, nothing)
+    left = directory.rename(directory.with_name(f"{directory.name}.removed"))
+    assert find_prepared(path, torch.float32) is None
+    assert prepare_experts(path, torch.float32, nothing) == directory
+    assert not left.exists()
+
+
+def test_what_is_there_is_used_where_nothing_can_be_written(released, cache):
+    path = released("quantised")
+    directory = prepare_experts(path, torch.float32, nothing)
+    (lock,) = cache.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()  # root can write in all folders, but not here
+    assert prepare_experts(path, torch.float32, nothing) == directory
+
+
+def belong_to_another(folder, monkeypatch):
+    if os.geteuid() == 0:
+        os.chown(folder, 4242, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("change", ["owner", "mode"])
+def test_what_others_could_have_written_is_not_used(released, cache, monkeypatch, level, change):
+    path = released("quantised")
+    directory = prepare_experts(path, torch.float32, nothing)
+    folder = (cache, cache.parent)[level]
+    if change == "owner":
+        belong_to_another(folder, monkeypatch)
+    else:
+        folder.chmod(0o777)
+    assert find_prepared(path, torch.float32) is None
+    reason = "(belongs to user|can be written by everybody)"
+    message = rf"{folder} {reason}.*, so what is in {cache} is not trusted"
+    with pytest.raises(CheckpointError, match=message):
+        prepare_experts(path, torch.float32, nothing)
+    assert directory.exists()
+
+
+def test_a_folder_of_its_group_or_in_a_shared_one_is_used(released, cache):
+    path = released("quantised")
+    directory = prepare_experts(path, torch.float32, nothing)
+    cache.chmod(0o2770)  # what Kubernetes makes of it
+    cache.parent.chmod(0o1777)
+    assert find_prepared(path, torch.float32) == directory
+
+
+def test_who_masks_nothing_gets_a_folder_of_his_own(released, cache):
+    mask = os.umask(0)
+    try:
+        directory = prepare_experts(released("quantised"), torch.float32, nothing)
+    finally:
+        os.umask(mask)
+    assert find_prepared(released("quantised"), torch.float32) == directory
+
+
+def test_a_long_name(released, cache, tmp_path):
+    path = tmp_path / ("\u6a21" * 80 + ".gguf")
+    shutil.copy(released("quantised"), path)
+    directory = prepare_experts(path, torch.float32, nothing)
+    assert directory.name.startswith("\u6a21" * 33 + "-float32-")

@@ -3,7 +3,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from engine.checkpoint_hf_config import head_scale
 from engine.config import CPM2_MOE_198B, config_from_dict, read_config
+from engine.config_parts import LatentAttention, Rotary
 from engine.errors import ConfigError
 from tests.tiny import DENSE, MOE
 
@@ -31,6 +33,11 @@ def test_a_config_survives_its_file(tmp_path):
         ({"norm_eps": -1.0}, "norm_eps is -1.0; it must lie between 0 and 1"),
         ({"norm_eps": float("inf")}, "norm_eps is inf; it must lie"),
         ({"num_decoder_layers": 2**31}, "num_decoder_layers is 2147483648; allowed: up to 10000"),
+        ({"vocab_size": 2**63}, "would be 9223372036854775808 by 32, more than 281474976710656"),
+        ({"d_model": 2**48}, "would be 384 by 281474976710656"),
+        ({"d_kv": 2**24, "num_heads": 2**24}, "would be 281474976710656 by 32"),
+        ({"num_experts": 2**10, "d_ff": 2**40}, "would be 1125899906842624 by 32"),
+        ({"num_experts": 2**32}, "there are 17179869184 experts in all layers; allowed: 1000000"),
     ],
 )
 def test_impossible_values_are_refused(change, message):
@@ -91,3 +98,23 @@ def test_layers_and_shapes_of_experts():
     assert list(MOE.expert_shapes()) == ["norm", "wi_0", "wi_1", "wo"]
     assert "wi_1" not in replace(MOE, gated=False).expert_shapes()
     assert json.loads(MOE.to_json())["format"] == "infmoe"
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, float("nan"), float("inf")])
+def test_positions_of_a_damaged_file_are_refused(number):
+    divisors = {"kind": "longrope", "divisors": (1.0, number)}
+    for change in ({"theta": number}, {"factor": number}, {"attention_factor": number}, divisors):
+        with pytest.raises(ConfigError, match=r"rotary: .* is .*; it must be a number above"):
+            Rotary(**{"width": 4, **change})
+
+
+def test_a_rank_of_a_damaged_file_is_refused():
+    with pytest.raises(ConfigError, match="a rank is above 65536; the file is damaged"):
+        LatentAttention(rank=2**17, plain_width=4, value_width=4)
+
+
+@pytest.mark.parametrize("width", [0, -1, 10**400])
+def test_heads_of_a_damaged_file_are_refused(width):
+    assert head_scale(64) == 0.125
+    with pytest.raises(ConfigError, match="heads are -?[01]+ wide; it must be at least 1"):
+        head_scale(width)

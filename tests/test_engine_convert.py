@@ -203,6 +203,27 @@ def test_interrupted_conversion_starts_over_if_anything_changed(moe_files, tmp_p
     assert_same(load_any(out), model)
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "model.safetensors"])
+def test_files_that_change_while_they_are_read(t5_files, tmp_path, name):
+    def change(_):
+        os.utime(t5_files / name, (1, 1))
+
+    with pytest.raises(CheckpointError, match="its files changed while they were read; run it ag"):
+        convert(t5_files, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+    convert(t5_files, tmp_path / "out")
+    assert_same(load_any(tmp_path / "out"), load_any(t5_files))
+
+
+def test_a_file_that_has_gone_when_it_is_compared(t5_files, tmp_path):
+    with pytest.raises(CheckpointError, match=r"spiece\.model: cannot be read: No such file"):
+        convert(t5_files, tmp_path / "out", progress=lambda _: remove(t5_files / "spiece.model"))
+
+
+def remove(path):
+    path.unlink(missing_ok=True)
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

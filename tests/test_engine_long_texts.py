@@ -16,7 +16,9 @@ from engine.experts import load_offloaded
 from engine.footprint import Workload, largest_workload
 from engine.loading import load_within, read_storage
 from engine.long_texts import lengthen
+from server.__main__ import main
 from tests.hf_families import assert_equal_to_oracle, make_oracle, ragged_prompts
+from tests.json_tokenizers import train_byte_level
 from tests.t5_oracle import one_thread
 
 LONG = (70, 90, 66)  # beyond 64, for which it was trained, and with their answers within 128
@@ -106,3 +108,24 @@ def test_one_does_not_go_without_the_other(saved):
         replace(config, long_rotary=None)
     with pytest.raises(ConfigError, match="long_rotary is 3; expected an object"):
         config_from_dict({"long_rotary": 3})
+
+
+def test_commands_read_long_texts_on_demand(tmp_path, capsys):
+    make_oracle("llama-longrope", vocab_size=300).save_pretrained(tmp_path)
+    train_byte_level(300).save(str(tmp_path / "tokenizer.json"))
+    text = "1" * 80
+    for command in (["generate", "--max-tokens", "4"], ["score", "--choice", "a", "--choice", "b"]):
+        for options, code in (([], 1), (["--max-model-len", "128"], 0)):
+            with pytest.raises(SystemExit) as caught:
+                main([*command, *options, str(tmp_path), text])
+            assert (caught.value.code or 0) == code
+            out, err = capsys.readouterr()
+            assert bool(out) == (code == 0)
+            assert ("the limit is 64" in err) == (code == 1)
+        with pytest.raises(SystemExit):
+            main([*command, "--max-model-len", "90", str(tmp_path), text * 2])
+        assert "the limit is 90" in capsys.readouterr().err
+    choices = ["--choice", "a", "--choice", "2" * 20]
+    with pytest.raises(SystemExit):
+        main(["score", *choices, "--max-model-len", "90", str(tmp_path), text])
+    assert "a choice has 100 tokens; the limit is 90" in capsys.readouterr().err

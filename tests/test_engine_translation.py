@@ -15,6 +15,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.generation import generate
 from engine.prompt import build_request
 from engine.request import Piece, SamplingParams
+from engine.scoring import make_question, score
 from engine.tokenizer import open_tokenizer
 from tests.hf_families import make_oracle
 from tests.test_engine_checkpoint_hf import change_config
@@ -90,6 +91,27 @@ def test_the_config_may_tell_what_an_answer_begins_with(released, tmp_path):
     assert other == expected(oracle, tokenizer, "zho_Hans") != found
     convert(directory, tmp_path / "native")
     assert answer(tmp_path / "native", f"eng_Latn {TEXT}") == found
+
+
+def test_choices_are_scored_after_what_the_config_tells(released):
+    _, tokenizer, directory = released
+    ids = (tokenizer.convert_tokens_to_ids("fra_Latn"),)
+    model, ours = load_any(directory), open_tokenizer(directory, "tokenizer_json")
+
+    def scores(begin, decoder_prompt):
+        config = replace(model.config, answer_begin_ids=begin)
+        request = build_request(
+            f"eng_Latn {TEXT}",
+            ours,
+            config,
+            SamplingParams(max_tokens=1),
+            "r",
+            decoder_prompt=decoder_prompt,
+        )
+        return score(model, ours, [make_question(request, [(4, 5), (6,)], ours)])
+
+    assert scores(ids, "") == scores((), list(ids)) == scores((7,), "fra_Latn")
+    assert scores(ids, "") != scores((), "")
 
 
 def test_a_language_that_is_no_token(released, tmp_path):
