@@ -71,6 +71,57 @@ def test_what_grew_is_charged_once_though_it_also_teaches(runs):
     assert sunk_flops(runs / "three") == 0
 
 
+def test_what_is_gone_or_was_moved_is_told(runs, caplog):
+    target = runs / "target.toml"
+    target.write_text("[target]\nd_model = 24\n")
+    grow_directory(runs / "one" / "model", read_target(target), runs / "big")
+    recipe = tiny_recipe(runs, model=load_model(runs / "big").config, start="big", steps=1)
+    train(recipe, runs / "three", open_data(recipe))
+    assert sunk_flops(runs / "three") > 0
+    assert not caplog.messages
+    (runs / "big").rename(runs / "moved")
+    assert sunk_flops(runs / "three") == 0
+    (told,) = caplog.messages
+    assert f"{runs / 'big'} cost is not charged" in told
+    (runs / "moved").rename(runs / "big")
+    (runs / "one").rename(runs / "other")
+    assert sunk_flops(runs / "three") == 0
+    assert len(caplog.messages) == 2
+    (runs / "plain").mkdir()  # a model that was never trained here
+    facts = json.loads((runs / "three" / "recipe.json").read_text())
+    facts["train"]["start"] = "plain"
+    (runs / "three" / "recipe.json").write_text(json.dumps(facts))
+    assert sunk_flops(runs / "three") == 0
+    assert len(caplog.messages) == 2
+
+
+def test_a_model_that_grew_from_itself_ends(runs):
+    (runs / "odd").mkdir()
+    record = {"steps": [{"receipt": {"source": "."}}]}
+    (runs / "odd" / "growth.json").write_text(json.dumps(record))
+    assert find_run(runs / "odd") is None
+
+
+@pytest.mark.parametrize(
+    "line", [b"garbage", b"[3]", b'{"a": 1}', b'{"step": 1, "flops": "x"}', b"\xff", b"3"]
+)
+def test_a_damaged_line_is_named(runs, line):
+    path = runs / "one" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]) + b"\n")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: is no line of metrics"):
+        read_curve(runs / "two")  # whose teacher it is
+    path.write_bytes(lines[0] + b"\n" + line)  # what a killed run leaves
+    assert len(read_rows(runs / "one")) == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "{", '{"train": [], "distill": 3}'])
+def test_a_damaged_record_is_named(runs, text):
+    (runs / "one" / "recipe.json").write_text(text)
+    with pytest.raises(ValueError, match=r"recipe.json: is damaged, so what the run cost"):
+        read_curve(runs / "one")
+
+
 def test_runs_that_name_each_other_end(runs):
     record = runs / "one" / "recipe.json"
     facts = json.loads(record.read_text())

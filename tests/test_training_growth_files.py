@@ -30,6 +30,7 @@ from training.growth_record import read_fingerprint, read_steps
 from training.loop import open_data, train
 from training.optimizers import build_optimizer
 from training.recipe import TrainRecipe, read_recipe
+from training.run_lock import locked
 from training.state import load_state, save_state
 
 TOKENIZER = byte_tokenizer()
@@ -258,6 +259,16 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, text):
     grow_with(source, tmp_path, text)
 
 
+@pytest.mark.parametrize("text", [BIG, "[target]\nnum_experts = 3\n"])
+def test_two_that_grow_into_one_place_do_not_meet(source, tmp_path, text):
+    with locked(tmp_path / ".big.lock", "big"):
+        with pytest.raises(CheckpointError, match="big: another process is at work there"):
+            grow_with(source, tmp_path, text)
+        assert (tmp_path / ".big.lock").exists()
+    grow_with(source, tmp_path, text)
+    assert not (tmp_path / ".big.lock").exists()
+
+
 def test_another_vocabulary_comes_with_its_file(source, tmp_path):
     tokens = ["<unk>", "<s>", "<pad>", "<eod>", "\u2582", "\u2583", "a", "b", "ab", "##c", "<s_0>"]
     (tmp_path / "vocabulary").mkdir()
@@ -327,6 +338,12 @@ def test_training_starts_from_a_grown_model(source, tmp_path):
     assert read_recipe(path) == recipe  # [model] may be left out
     recipe = replace(recipe, train=replace(recipe.train, learning_rate=1e-12))
     trained = train(recipe, tmp_path / "run", open_data(recipe))
+    (tmp_path / "big").rename(tmp_path / "moved")
+    more = replace(recipe, train=replace(recipe.train, steps=recipe.train.steps + 1))
+    train(more, tmp_path / "run", open_data(more))  # what it goes on from is in its state
+    with pytest.raises(CheckpointError, match="big: does not exist"):
+        train(more, tmp_path / "new", open_data(more))
+    (tmp_path / "moved").rename(tmp_path / "big")
     for name, tensor in trained.state_dict().items():
         assert torch.allclose(tensor, big.state_dict()[name], atol=1e-6), name
     other = replace(recipe, model=replace(big.config, norm_eps=1e-6))
@@ -398,7 +415,14 @@ def test_wrong_usage_is_told(source, tmp_path):
     out = ["--out", str(tmp_path / "big")]
     assert "go together" in invoke("grow", str(source), file, *out, "--run", "x")
     failed = invoke("grow", str(source), file, *out, "--text", str(tmp_path / "none.txt"))
-    assert "none.txt: does not exist" in failed
+    assert "none.txt: is no file" in failed
+    short = target(tmp_path / "short.txt", "a\n")
+    failed = invoke("grow", str(source), file, *out, "--text", str(short))
+    assert "no document of at least" in failed
+    for name, size in (("--d-model", 2**21), ("--d-ff", 2**21), ("--experts", 10**8)):
+        assert "allowed: " in invoke("grow", str(source), *out, name, str(size))
+    failed = invoke("grow", str(source), *out, "--d-model", "1000000", "--d-ff", "1000000")
+    assert "GiB in fp32, in which it is made, and the machine" in failed
     failed = invoke("grow", str(source), *out, "--vocab", str(tmp_path / "none"))
     assert "holds no vocab.txt or spiece.model" in failed
     assert "less than the model's 4" in invoke("grow", str(source), *out, "--heads", "1")
@@ -420,7 +444,7 @@ def test_sizes_may_be_options(source, tmp_path):
 def test_layers_of_a_decoder_only_model_are_those_of_its_decoder():
     assert sizes_target(LLAMA, {}, layers=3).target == {"num_decoder_layers": 3}
     with pytest.raises(ConfigError, match="filling blanks, which this model cannot"):
-        check_texts(LLAMA, [])
+        check_texts(Path(), LLAMA, [])
 
 
 # --- adapters

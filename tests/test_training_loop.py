@@ -12,16 +12,18 @@ import torch
 from torch.nn import functional as F
 
 from engine.checkpoint import load_model
-from engine.errors import ConfigError, TokenizerError
+from engine.errors import CheckpointError, ConfigError, TokenizerError
 from engine.model.initial import initialize
 from engine.model.moe import assign_greedy
 from engine.model.transformer import Transformer
 from server.__main__ import main
+from tests.training_recipes import tiny_recipe
 from training.evaluate import FillReport, evaluate_fill, unigram_log_probs
 from training.loop import open_data, train, train_step
 from training.optimizers import build_optimizer, learning_rate
 from training.progress import PrepareProgress, TrainProgress
 from training.recipe import TrainRecipe, read_recipe
+from training.run_lock import LOCK, locked
 from training.span_corruption import IGNORED
 from training.state import load_state, save_state
 
@@ -193,6 +195,48 @@ def test_a_state_of_another_model_is_refused(recipe_file, tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="cannot be resumed"):
         load_state(tmp_path, model, build_optimizer(model, recipe.train))
+
+
+def test_of_a_run_that_goes_on_otherwise_a_warning_tells(tmp_path, caplog):
+    recipe = tiny_recipe(tmp_path, steps=2)
+    data = open_data(recipe)
+    train(recipe, tmp_path / "run", data)
+    more = replace(recipe, train=replace(recipe.train, steps=4, eval_every=1))
+    train(more, tmp_path / "run", data)
+    assert not caplog.messages
+    other = replace(more, train=replace(more.train, steps=5, seed=7))
+    other = replace(other, data=replace(other.data, density=0.2))
+    train(other, tmp_path / "run", data)
+    (told,) = caplog.messages
+    assert "its first 4 steps were taken with another [data] density, [train] seed" in told
+    train(replace(other, train=replace(other.train, steps=3)), tmp_path / "run", data)
+    assert "has taken 5 steps already, more than the 3" in caplog.messages[1]
+    (tmp_path / "run" / "recipe.json").write_text("[1]")
+    train(other, tmp_path / "run", data)
+    assert len(caplog.messages) == 2
+
+
+def test_a_model_of_other_sizes_is_told_by_its_field(tmp_path):
+    recipe = tiny_recipe(tmp_path, steps=2)
+    data = open_data(recipe)
+    train(recipe, tmp_path / "run", data)
+    other = replace(recipe, model=replace(recipe.model, d_ff=32))
+    with pytest.raises(ValueError, match="its state is of a model with d_ff 24, .model. has 32"):
+        train(other, tmp_path / "run", data)
+
+
+def test_one_process_at_a_time_is_in_a_run(tmp_path):
+    recipe = tiny_recipe(tmp_path, steps=2)
+    data, run = open_data(recipe), tmp_path / "run"
+    run.mkdir()
+    with (
+        locked(run / LOCK, str(run)),
+        pytest.raises(CheckpointError, match="run: another process is at work there"),
+    ):
+        train(recipe, run, data)
+    (run / LOCK).touch()  # what a killed one leaves
+    train(recipe, run, data)
+    assert not (run / LOCK).exists()
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(recipe_file):

@@ -361,7 +361,7 @@ def test_rows_that_cannot_be_used_are_told_before_any_question(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 2)
     with tiny_worker() as worker, live_server(worker) as url:
         with pytest.raises(ValueError, match=r"line 1: label '0' is unknown; known: 2"):
-            evaluate_served(url, rows, task("odd", labels={"2": ["no"]}))
+            evaluate_served(url, rows, task("odd", labels={"2": ["no"], "3": ["yes"]}))
         with pytest.raises(ValueError, match=r"line 1: the text has 5 tokens; the limit is 3"):
             evaluate_served(url, rows, task("long", max_input_tokens=3))
 

@@ -181,6 +181,11 @@ def test_what_closes_an_answer_is_the_models_own():
         ("a.jsonl", b'{"a": ["c", null], "b": "2", "y": 1}\n', "'a' holds nothing; expected text"),
         ("a.jsonl", b'{"a": NaN, "b": "2", "y": 1}\n', "line 1: column 'a' holds nan; expected"),
         ("a.jsonl", b'{"a": "\\ud800", "b": "2", "y": 1}\n', "column 'a' holds half of a pair"),
+        (
+            "a.jsonl",
+            b'{"a": ' + b"[" * 700 + b"1" + b"]" * 700 + b', "b": "2", "y": 1}\n',
+            "line 1: column 'a' holds lists in lists",
+        ),
         ("a.json", b"3", "a.json: holds no list"),
         ("a.json", b"[", "a.json: is no JSON"),
         ("a.json", b"[[1, 2]]", r"expected an object, or \[\[text\]"),
@@ -201,9 +206,17 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(rows), encoding="utf-8")
     crlf = (tmp_path / "r.csv").read_text(encoding="utf-8").replace("\n", "\r\n")
     (tmp_path / "crlf.CSV").write_text(crlf, encoding="utf-8", newline="")
-    for name in ("r.csv", "r.tsv", "r.jsonl", "r.json", "crlf.CSV"):
+    (tmp_path / "large.TSV").write_bytes((tmp_path / "r.tsv").read_bytes())
+    for name in ("r.csv", "r.tsv", "r.jsonl", "r.json", "crlf.CSV", "large.TSV"):
         found = read_rows(tmp_path / name, ("a", "b", "y"))
         assert [row.values for row in found] == rows, name
+
+
+def test_a_number_may_be_larger_than_any_float(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": 1' + "0" * 400 + "}\n")
+    (row,) = read_rows(path, ("a",))
+    assert row.values["a"] == 10**400
 
 
 def test_a_row_ends_where_its_line_does(tmp_path):
@@ -254,14 +267,17 @@ def test_words_that_the_tokenizer_cannot_spell_are_told(tmp_path):
 def test_labels_of_many_tokens_are_scored_in_full_up_to_the_limit(tmp_path):
     path = write(tmp_path / "a.jsonl", {"a": "x", "b": "y", "y": 0})
     long = "no" * 100
-    task = pair(labels={"0": long, "1": long[:-1]})  # alike but for the last of 200 tokens
+    task = pair(labels={"0": long, "1": long[:-1] + "t"})  # alike but for the last of 200 tokens
     (example,) = examples(path, task, DENSE)
-    assert [len(word) for group in example.words for word in group] == [200, 199]
+    assert [len(word) for group in example.words for word in group] == [200, 200]
     scorer = Scorer(tiny_model(DENSE), TOKENIZER)
     (scores,) = scorer.label_scores([example], task)
     logs = scorer.target_logprobs(scorer.encode(example.sources), [0], [example.words[0][0]])[0]
     assert scores[0].item() == pytest.approx(logs.sum().item(), abs=1e-3)
-    assert scores[1].item() == pytest.approx(logs[:-1].sum().item(), abs=1e-3)
+    others = scorer.target_logprobs(scorer.encode(example.sources), [0], [example.words[1][0]])[0]
+    assert torch.allclose(others[:-1], logs[:-1])
+    assert scores[1].item() == pytest.approx(others.sum().item(), abs=1e-3)
+    assert scores[0].item() != pytest.approx(scores[1].item(), abs=1e-3)
     with pytest.raises(ConfigError, match="label '0': 'nono.*' has 600 tokens; the limit is 246"):
         examples(path, pair(labels={"0": long * 3, "1": "yes"}), DENSE, 10)
     writing = pair(kind="generate", metric="bleu", labels={}, template="{a}", max_tokens=999)
@@ -276,6 +292,20 @@ def test_labels_that_have_the_same_tokens_are_told(tmp_path):
         examples(path, pair(labels={"0": ["nay", "no"], "1": ["yes", "no"]}))
 
 
+def test_a_label_that_would_never_be_chosen_is_told(tmp_path):
+    """What a text begins with is at least as likely as the text."""
+    path = write(tmp_path / "a.jsonl", {"a": "x", "b": "y", "y": 0})
+    for words in ({"0": "no", "1": "not"}, {"0": ["yes", "no"], "1": ["not", "nor"]}):
+        with pytest.raises(ConfigError, match="label '1' would never be chosen: 'not' begins as"):
+            examples(path, pair(labels=words))
+        assert examples(path, pair(labels=words, by="mean"))
+        paired = pair(labels=words, template="{a}{b}", continuation="{label}!")
+        assert examples(path, paired)  # another text follows
+    assert examples(path, pair(labels={"0": ["no", "yes"], "1": ["not", "yet"]}))  # yet may win
+    assert examples(path, pair(labels={"0": "no", "1": ["not", "yeti"], "2": "yet"}))
+    assert examples(path, pair(labels={"0": "no", "1": ["not", "nott"]}))  # would count twice
+
+
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
@@ -286,13 +316,19 @@ def test_labels_that_have_the_same_tokens_are_told(tmp_path):
         ({"a": "x", "y": "long"}, {"kind": "generate", "max_tokens": 3}, "has 5 tokens; max_tok"),
         ({"a": ["x"] * 9, "y": 0}, {"lists": {"a": {"numbers": "12"}}}, "9 items; there are 2"),
         ({"a": "x", "y": 0}, {"answer": {"column": "y", "choices_from": "a"}}, "a is no list"),
-        ({"a": ["x"], "y": 1}, {"answer": {"column": "y", "choices_from": "a"}}, "'1' is unknown"),
+        ({"a": ["x"], "y": 0}, {"answer": {"column": "y", "choices_from": "a"}}, "a is no list of"),
+        (
+            {"a": ["x", "z"], "y": 2},
+            {"answer": {"column": "y", "choices_from": "a"}},
+            "'2' is unknown",
+        ),
+        ({"a": ["x"] * 99, "y": 0}, {"cut": "a", "max_input_tokens": 9}, "a, which is a list"),
         ({"d": ["x"], "y": [1]}, {"kind": "rank"}, "1 texts with 1 gains"),
         ({"d": "x", "y": [1]}, {"kind": "rank"}, "d and y must be lists"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_told(tmp_path, row, changes, message):
-    changes = {"template": "{a}", "labels": {"0": "no"}} | changes
+    changes = {"template": "{a}", "labels": {"0": "no", "1": "yes"}} | changes
     kind = changes.get("kind", "choice")
     if kind == "generate":
         changes |= {"metric": "bleu", "labels": {}}
@@ -300,6 +336,7 @@ def test_rows_that_cannot_be_asked_are_told(tmp_path, row, changes, message):
         changes |= {
             "metric": "mrr",
             "template": "{text}",
+            "labels": {"0": "no"},
             "answer": {"column": "d", "gains": "y"},
         }
     if "choices_from" in changes.get("answer", {}):
@@ -339,7 +376,8 @@ def test_a_text_without_the_mark_is_told(tmp_path):
         ({"answer": {}}, "answer: .*column"),
         ({"answer": 1}, "answer is 1; expected a table"),
         ({"labels": {}}, "needs .labels. or answer.choices_from"),
-        ({"labels": {"0": []}}, "label '0' has no words"),
+        ({"labels": {"0": [], "1": "yes"}}, "label '0' has no words"),
+        ({"labels": {"0": "no"}}, "a choice among one label is always right"),
         ({"labels": {"0": 3}}, "labels: 0 is 3"),
         ({"lists": {"a": 3}}, "lists.a is 3"),
         ({"lists": {"a": {"numbers": 3}}}, "lists.a: numbers is 3"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -442,11 +443,36 @@ def test_of_several_prompts_the_one_that_does_best_is_the_start(tmp_path):
     assert torch.allclose(one.prompt_PD, other.prompt_PD)
     (tmp_path / "bare").mkdir()
     no_such = replace(settings, front=7, middle=None, back=None)
-    with pytest.raises(ConfigError, match=r"no prompt there has \(7, 0, 0\) vectors"):
+    with pytest.raises(ConfigError, match="no prompt with 7 vectors in front, 0 in the middle"):
         run_tune(replace(wanted, out=tmp_path / "n", settings=no_such))
     no_such = replace(settings, init=str(tmp_path / "bare"))
-    with pytest.raises(CheckpointError, match="bare"):
+    with pytest.raises(ConfigError, match="bare: holds no adapter; give the folder"):
         run_tune(replace(wanted, out=tmp_path / "n", settings=no_such))
+
+
+def test_of_several_prompts_those_of_other_models_are_left_out(tmp_path, caplog):
+    wanted = plan(tmp_path, steps=1)
+    facts = AdapterFacts(slots=SLOTS)
+    other = replace(facts, base_fingerprint="f" * 64)
+    everything = tmp_path / "all"
+    prompt_PD = random_prompt(SLOTS).prompt_PD
+    write_adapter(everything / "good", prompt_PD, DENSE, facts)
+    write_adapter(everything / "base", prompt_PD, DENSE, other)
+    write_adapter(everything / "base2", prompt_PD, DENSE, other)
+    wide = replace(DENSE, d_model=40)
+    write_adapter(everything / "wide", torch.zeros(SLOTS.num_vectors, 40), wide, facts)
+    settings = replace(wanted.settings, init=str(everything), learning_rate=1e-12)
+    run_tune(replace(wanted, settings=settings))
+    assert torch.allclose(load_adapter(wanted.out, DENSE, torch.float32).prompt_PD, prompt_PD)
+    told = "\n".join(caplog.messages)
+    assert all(f"/{name}" in told for name in ("base", "base2", "wide"))
+    assert "/good" not in told
+    shutil.rmtree(everything / "good")
+    with pytest.raises(ConfigError, match="all: holds no prompt of this model"):
+        run_tune(replace(wanted, out=tmp_path / "n", run=tmp_path / "r", settings=settings))
+    shutil.rmtree(everything / "base2")
+    with pytest.raises(CheckpointError, match="base"):
+        run_tune(replace(wanted, out=tmp_path / "n", run=tmp_path / "r", settings=settings))
 
 
 def test_behind_a_mask_a_prompt_is_scored_and_not_written(tmp_path):

@@ -78,7 +78,7 @@ def grow(  # noqa: PLR0913  options of a command
         )
     config = read_model_config(model)
     if text:
-        check_texts(config, text)
+        check_texts(model, config, text)
     if target is not None:
         wanted = read_target(target)
     else:

@@ -32,6 +32,7 @@ from training.vocabulary_growth import VocabularyMap, regrow_rows
 State = Mapping[str, Tensor]
 STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 SIZES = (*WIDTHS, "num_encoder_layers", "num_decoder_layers")
+MAX_SIZE = 2**20  # of a width or a number of experts: more is a slip of the hand
 VOCABULARY_FIELDS = (
     "vocab_size",
     "tokenizer",
@@ -177,6 +178,9 @@ def check_target(source: ModelConfig, target: ModelConfig, *, has_vocabulary: bo
         old, new = getattr(source, name), getattr(target, name)
         if new < old:
             raise ConfigError(f"{name} is {new}, less than the model's {old}; growth only adds")
+    for name in (*WIDTHS, "num_experts"):
+        if (new := getattr(target, name)) > MAX_SIZE:
+            raise ConfigError(f"{name} is {new}; allowed: up to {MAX_SIZE}")
     if source.num_experts not in (0, target.num_experts):
         raise ConfigError(
             f"num_experts is {target.num_experts}, the model has {source.num_experts}; only a "

@@ -33,6 +33,7 @@ from training.growth_optimizer import (
 from training.growth_recipes import TargetFile
 from training.growth_record import RECORD, SOURCE, Step, make_step, read_steps, record_text
 from training.run_compare import ORIGIN
+from training.run_lock import locked
 from training.state import find_state
 from training.upcycling_files import only_upcycles, open_model_source, write_upcycled
 from training.vocabulary_growth import VocabularyMap, map_vocabulary, target_ids
@@ -95,6 +96,7 @@ def grow_directory(
     if run is None and only_upcycles(growth):
         step = _upcycle(model, growth, out, dtype, steps)
         return Receipt(step, growth.warnings())
+    check_memory(growth.target)
     state, run_state = _read_weights(model, source, run)
     grown = grow(state, growth)
     dtype = dtype or torch.float32
@@ -124,6 +126,18 @@ def check_free(out: Path) -> None:
     """Raise CheckpointError if something is where a model is to be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: is there already; choose another directory")
+
+
+def check_memory(target: ModelConfig) -> None:
+    """Raise ConfigError for a model whose weights in fp32 are more than the machine's memory."""
+    wanted = 4 * count_parameters(target)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > memory:
+        raise ConfigError(
+            f"the grown model has {wanted / 2**30:,.0f} GiB in fp32, in which it is made, and the "
+            f"machine {memory / 2**30:,.0f}; choose smaller sizes, or experts alone, which are "
+            "written one by one"
+        )
 
 
 def check_run(run: RunGrowth | None, growth: Growth) -> None:
@@ -206,13 +220,14 @@ def measure(growth: Growth, open_source: OpenModel, open_result: OpenModel) -> S
     receipt: dict[str, Any] = {
         "max_logit_difference": float((before - after).abs().max()),
         "mean_logit": float(before.abs().mean()),
-        "source_parameters": _count(growth.source),
-        "parameters": _count(growth.target),
+        "source_parameters": count_parameters(growth.source),
+        "parameters": count_parameters(growth.target),
     }
     return make_step(growth, source_fingerprint, fingerprint, receipt)
 
 
-def _count(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
+    """All parameters of a model, wherever its experts lie."""
     with torch.device("meta"):
         return num_parameters(Transformer(config))
 
@@ -241,13 +256,19 @@ def _from(step: Step, origin: Path, out: Path) -> Step:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Where a model is written before it is renamed; what is left there, now or by a kill, goes."""
+    """Where a model is written before it is renamed; what is left there, now or by a kill, goes.
+
+    Raises CheckpointError if another process writes there.
+    """
     staging = out.with_name(f"{out.name}.growing")
-    _discard(staging)
-    try:
-        yield staging
-    finally:  # a disk that is full has its room back
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), str(out)):
+        check_free(out)  # another one may just have ended
         _discard(staging)
+        try:
+            yield staging
+        finally:  # a disk that is full has its room back
+            _discard(staging)
 
 
 def _discard(staging: Path) -> None:

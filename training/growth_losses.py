@@ -50,7 +50,7 @@ class GrowthLosses:
         return [text, *([missing] if self.lost else [])]
 
 
-def check_texts(config: ModelConfig, texts: Sequence[Path]) -> None:
+def check_texts(model: Path, config: ModelConfig, texts: Sequence[Path]) -> None:
     """Raise ConfigError, before any work, if losses on texts cannot be measured."""
     if config.is_decoder_only:
         raise ConfigError(
@@ -58,7 +58,9 @@ def check_texts(config: ModelConfig, texts: Sequence[Path]) -> None:
         )
     for path in texts:
         if not path.is_file():
-            raise ConfigError(f"{path}: does not exist; name a text of one document per line")
+            raise ConfigError(f"{path}: is no file; name a text of one document per line")
+    tokenizer = open_tokenizer(model, config.tokenizer)
+    read_documents(texts, tokenizer, min(config.max_positions, MAX_WINDOW), NUM_TOKENS)
 
 
 @torch.inference_mode()
@@ -67,7 +69,7 @@ def measure_losses(
 ) -> GrowthLosses:
     """Fill blanks of the texts by both models, in the wider of their stored types.
 
-    Raises ConfigError if no document is long enough.
+    Raises ConfigError if no document is long enough, or nothing of them is in both vocabularies.
     """
     opened = [open_model_source(model) for model in (source, grown)]
     dtype = torch.promote_types(opened[0].dtype, opened[1].dtype)
@@ -148,4 +150,6 @@ def _loss(
         counted_N = ~torch.isin(labels_N, special)
         total += float(F.cross_entropy(logits_NV[counted_N], labels_N[counted_N], reduction="sum"))
         tokens += int(counted_N.sum())
+    if not tokens:
+        raise ConfigError("none of the texts' tokens is in the new vocabulary; give other texts")
     return total / tokens, tokens

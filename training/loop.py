@@ -33,10 +33,12 @@ from training.optimizers import build_optimizer, learning_rate
 from training.plots import plot_losses
 from training.recipe import Precision, Recipe
 from training.routing import set_routing
+from training.run_lock import LOCK, locked
+from training.run_record import tell_differences
 from training.sampler import Sampler
 from training.shards import Shard, prepare_shard
 from training.span_corruption import IGNORED, Batch, Objective
-from training.state import load_state, save_state
+from training.state import find_state, load_state, save_state
 from training.two_stage import part_of_step, step_flops, submodel
 from training.updates import Lesson, train_update
 from training.vocabulary_names import open_vocabulary
@@ -217,15 +219,19 @@ def train(
 
     Leaves `recipe.json`, `metrics.jsonl`, `loss.png` and `state.safetensors` in the run folder. A
     resumed run meets the same batches, rates and states, so its losses equal those of an
-    uninterrupted one. With `ema` the model returned has the averaged weights.
+    uninterrupted one; a warning tells of steps before that were of other data or rates. With `ema`
+    the model returned has the averaged weights.
     Raises FloatingPointError if the loss or a gradient is no longer a number, OSError if the disk
-    is full, ValueError if the run folder holds the state of another recipe; the last state is kept.
+    is full, ValueError if the run folder holds the state of another model or optimiser,
+    CheckpointError if another process is at work there; the last state is kept.
     """
     settings = recipe.train
     run.mkdir(parents=True, exist_ok=True)
-    state = _begin(recipe, run, data, workers)
-    model = state.model
     with ExitStack() as stack:
+        if workers.is_first:
+            stack.enter_context(locked(run / LOCK, str(run)))
+        state = _begin(recipe, run, data, workers)
+        model = state.model
         stack.enter_context(checkpointed(model) if settings.checkpointing else nullcontext())
         model.train()
         for step in range(state.start, settings.steps):
@@ -262,15 +268,22 @@ class _State:
 def _begin(recipe: Recipe, run: Path, data: TrainingData, workers: Workers) -> _State:
     settings = recipe.train
     workers.check(recipe)
-    model = workers.shard(begin_model(recipe), settings.expert_parallel)
+    first = recipe
+    if settings.start and not recipe.path(settings.start).exists() and find_state(run) is not None:
+        first = replace(recipe, train=replace(settings, start=""))  # the state has all weights
+    model = workers.shard(begin_model(first), settings.expert_parallel)
     optimizer = build_optimizer(model, settings)
     if (held := held_experts(model)) is not None:
         held.adopt(optimizer)
     average = Average(model, settings.ema) if settings.ema else None
     facts: dict[str, Any] = {}
     weights = None if average is None else average.weights
-    start = load_state(run, model, optimizer, weights, facts)
-    _check_model(run, facts, recipe)
+    try:
+        start = load_state(run, model, optimizer, weights, facts)
+    finally:  # of a misfit this tells the field, not all the shapes
+        _check_model(run, facts, recipe)
+    if start and workers.is_first:
+        tell_differences(run, recipe, start)
     teaching = open_teaching(recipe)
     if teaching is not None:
         teaching.is_over = bool(facts.get("teaching_is_over", False))

@@ -4,14 +4,18 @@ What teachers computed is charged, and what it took to train them, where their r
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+COSTS = ("flops", "teacher_flops")
 ORIGIN = "origin.txt"  # in a run whose state was grown: the run that it grew from
 GROWTH = "growth.json"  # in a grown model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +67,41 @@ def read_curve(run: Path) -> RunCurve:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run. Raises ValueError if there are none."""
+    """The metrics of a run. Raises ValueError if there are none, or they are damaged."""
     path = run / METRICS
     if not path.exists():
         raise ValueError(f"{path}: does not exist; name the folder of a run that was trained")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = [
+        _read_row(path, number, line)
+        for number, line in enumerate(lines, 1)
+        if line.endswith(b"\n")  # no torn last one
+    ]
     if not rows:
         raise ValueError(f"{path}: is empty; train the run first")
     return rows
 
 
+def _read_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        numbers = [row["step"], *(row.get(k, 0) for k in ("tokens", "seconds", *COSTS))]
+        sum(numbers, row.get("valid_loss", 0))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}, line {number}: is no line of metrics; take it away, or the whole run"
+        ) from error
+    return dict(row)
+
+
 def sunk_flops(run: Path) -> float:
     """What the runs behind a run's teachers and start had computed, and those behind them.
 
-    Each is charged once, whatever it was good for.
+    Each is charged once, whatever it was good for. What is not there any more costs nothing here,
+    and a warning tells that.
     """
     rows = [row for ancestor in ancestors(run) for row in read_rows(ancestor)]
-    return sum(float(row.get("flops", 0) + row.get("teacher_flops", 0)) for row in rows)
+    return sum(float(row.get(key, 0)) for row in rows for key in COSTS)
 
 
 def ancestors(run: Path) -> set[Path]:
@@ -90,6 +111,13 @@ def ancestors(run: Path) -> set[Path]:
     while waiting:
         for name in _named(waiting.pop()):
             source = find_run(name)
+            if source is None and not _is_whole(name):
+                logger.warning(
+                    "%s: what %s cost is not charged: it, or what it grew from, has gone or was "
+                    "moved",
+                    run,
+                    name,
+                )
             if source is not None and source != run.resolve() and source not in found:
                 found.add(source)
                 waiting.append(source)
@@ -98,27 +126,43 @@ def ancestors(run: Path) -> set[Path]:
 
 def _named(run: Path) -> list[Path]:
     """Models and runs that a run began with or learnt from."""
+    record = run / "recipe.json"
     try:
-        recipe = json.loads((run / "recipe.json").read_bytes())
-    except (OSError, ValueError):
-        recipe = {"train": {}}
-    names = [*recipe.get("distill", {}).get("teachers", []), recipe["train"].get("start", "")]
-    found = [Path(recipe.get("folder", ".")) / name for name in filter(None, names)]
+        recipe = json.loads(record.read_bytes()) if record.exists() else {"train": {}}
+        names = [*recipe.get("distill", {}).get("teachers", []), recipe["train"].get("start", "")]
+        found = [Path(recipe.get("folder", ".")) / name for name in filter(None, names)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{record}: is damaged, so what the run cost is not known") from error
     origin = run / ORIGIN
     return [*found, Path(origin.read_text(encoding="utf-8").strip())] if origin.exists() else found
 
 
 def find_run(model: Path) -> Path | None:
     """The run that a model came from, through growth if it has grown; None if that is not known."""
-    record = model / GROWTH
-    if record.exists():
+    model = _trained(model)
+    if (model / GROWTH).exists():
+        return None
+    return next((path for path in (model, model.parent) if (path / METRICS).exists()), None)
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether all is there that a model or run came from, as far as records tell."""
+    model = _trained(model)
+    return model.exists() and not (model / GROWTH).exists()
+
+
+def _trained(model: Path) -> Path:
+    """What a model had been before it grew, if it has grown; as far back as that is known."""
+    model = model.resolve()
+    seen = set()
+    while (record := model / GROWTH).exists() and model not in seen:
+        seen.add(model)
         try:
             source = json.loads(record.read_bytes())["steps"][-1]["receipt"]["source"]
+            model = (model / source).resolve()
         except (ValueError, KeyError, IndexError, TypeError):
-            return None  # it does not tell, or is damaged: whoever reads the model complains
-        return find_run((model.resolve() / source).resolve())
-    places = (model.resolve(), model.resolve().parent)
-    return next((path for path in places if (path / METRICS).exists()), None)
+            break  # it does not tell, or is damaged: whoever reads the model complains
+    return model
 
 
 def make_table(curves: list[RunCurve]) -> list[str]:

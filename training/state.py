@@ -84,7 +84,8 @@ def load_state(
 ) -> int:
     """Restore a run; returns the number of steps done, 0 if there is no state yet.
 
-    Fills in `average` and `more`, where given, with what `save_state` was given.
+    Fills in `average` and `more`, where given, with what `save_state` was given; `more` also before
+    an error, as far as the state could be read.
     Raises ValueError if the state is damaged or belongs to another model or optimiser.
     """
     path = find_state(run)
@@ -96,6 +97,8 @@ def load_state(
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         models = [own.get(names.get(id(p), ""), p) for p in parameters]  # cut as the moments are
         facts, tensors = _read(path, own, models)
+        if more is not None:
+            more.update(facts)
         step, kind = int(facts["step"]), type(optimizer).__name__
         if facts.get("optimizer", kind) != kind:
             raise ValueError(f"it was made by {facts['optimizer']}, the recipe has {kind}")
@@ -116,8 +119,6 @@ def load_state(
             f"{path}: cannot be resumed with this recipe ({error}); "
             "give another run folder or delete it"
         ) from error
-    if more is not None:
-        more.update(facts)
     return step
 
 

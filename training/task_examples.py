@@ -161,6 +161,23 @@ class _Maker:
                         f"task {self.task.name}: the tokens of {word!r} stand for the labels "
                         f"{other!r} and {label!r}; give one of them another word"
                     )
+        if self.task.by == "total" and self.task.continuation is None:
+            self._check_beginnings(known)
+
+    def _check_beginnings(self, known: Mapping[Ids, str]) -> None:
+        """Raise ConfigError for a label that is never chosen: what begins its words is likelier."""
+        for label, words in self.task.labels.items():
+            beginnings = [
+                {known.get(ids[:length]) for length in range(1, len(ids))}
+                for ids in map(self.spell, words)
+            ]
+            never = set.intersection(*beginnings) - {None, label}
+            if never and not any(label in found for found in beginnings):
+                raise ConfigError(
+                    f"task {self.task.name}: label {label!r} would never be chosen: {words[0]!r} "
+                    f"begins as a word of label {never.pop()!r}, which is likelier after any text; "
+                    'give other words, or by = "mean"'
+                )
 
     def _room(self) -> int:
         """Positions that an answer may take behind a text, where both are in one row."""
@@ -226,8 +243,8 @@ class _Maker:
         if task.answer.choices_from is None:
             return dict(task.labels)
         items = row.values[task.answer.choices_from]
-        if not isinstance(items, list | tuple) or not items:
-            raise ValueError(f"{task.answer.choices_from} is no list of choices")
+        if not isinstance(items, list | tuple) or len(items) < 2:
+            raise ValueError(f"{task.answer.choices_from} is no list of two choices or more")
         how = task.lists.get(task.answer.choices_from, ListFormat())
         told = how.numbers[: len(items)] if how.numbers else [str(item) for item in items]
         return {str(place): (one,) for place, one in enumerate(told)}
@@ -318,6 +335,11 @@ class _Maker:
         """
         size, column = measure(values), self.task.cut
         if size > self.limit and column is not None:
+            if isinstance(values[column], list | tuple):
+                raise ValueError(
+                    f"the text has {size} tokens, the limit is {self.limit}, and {column}, which "
+                    "is a list, cannot be cut"
+                )
             text = str(values[column])
             low, high = 0, min(len(text), self.limit * MOST_CHARS)
             while low < high:

@@ -20,6 +20,7 @@ class Row(NamedTuple):
 
 READERS = (".csv", ".tsv", ".jsonl", ".json")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # what such files begin with
+MAX_DEPTH = 8  # of lists in lists
 BLANK = re.compile(r"#idiom\d*#")  # of ChID; with a number where the answers are in another file
 
 
@@ -64,8 +65,10 @@ def _check_value(values: dict[str, Any], column: str) -> None:
         raise ValueError(f"column {column!r} holds {what}; expected text, a number or a list")
 
 
-def _find_odd(value: object) -> str | None:
+def _find_odd(value: object, depth: int = 0) -> str | None:
     """What a value is or holds that is neither text nor a number, if anything."""
+    if depth > MAX_DEPTH:
+        return f"lists in lists, more than {MAX_DEPTH} deep"
     if isinstance(value, str):
         try:
             value.encode()
@@ -73,9 +76,12 @@ def _find_odd(value: object) -> str | None:
             return "half of a pair of surrogates"
         return None
     if isinstance(value, list | tuple):
-        return next((what for one in value if (what := _find_odd(one)) is not None), None)
+        return next(
+            (what for one in value if (what := _find_odd(one, depth + 1)) is not None), None
+        )
     if isinstance(value, int | float):
-        return None if math.isfinite(value) else f"{value}"
+        is_number = isinstance(value, int) or math.isfinite(value)  # an int may be beyond floats
+        return None if is_number else f"{value}"
     return "nothing" if value is None else f"{str(value)[:40]!r}"
 
 
@@ -99,7 +105,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Row]:
-    is_tsv = path.suffix == ".tsv"
+    is_tsv = path.suffix.lower() == ".tsv"
     # in a TSV of this kind a quotation mark is a character as any other
     how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
     # lines end as csv says: not at U+2028 and the like, which texts hold

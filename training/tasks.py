@@ -118,6 +118,8 @@ class Task:
             raise ConfigError("labels are for a choice; a generate task has none")
         if self.kind == "choice" and bool(self.labels) == bool(self.answer.choices_from):
             raise ConfigError("a choice needs [labels] or answer.choices_from, one of them")
+        if self.kind == "choice" and len(self.labels) == 1:
+            raise ConfigError("a choice among one label is always right; give two labels or more")
         if self.kind == "rank":
             if len(self.labels) != 1:
                 raise ConfigError("a ranking needs one label, whose words score a text")

@@ -22,6 +22,7 @@ from engine.model.transformer import Transformer
 from training.metrics import Metrics
 from training.offloaded_gradients import borrowed_again
 from training.optimizers import AdafactorHF
+from training.run_lock import LOCK, locked
 from training.state import load_state, save_state
 from training.task_eval import TaskReport, evaluate_task
 from training.task_examples import Example
@@ -136,7 +137,7 @@ class Tuned(nn.Module):
             if not isinstance(model.experts, ResidentExperts | None):
                 raise ConfigError("full fine-tuning needs all experts in memory")
             if model.embedding.weight.dtype != torch.float32:
-                raise ConfigError("full fine-tuning needs the model in fp32")
+                raise ConfigError("full fine-tuning needs the model in fp32: give --dtype fp32")
             model.requires_grad_(True)
             for layer in model.moe_layers():
                 layer.centroids.requires_grad_(model.config.router == "base_layer")
@@ -163,23 +164,24 @@ def tune(
 
     Stopped and started again with the same run folder it goes on to the same result. `key` tells
     runs apart. Returns how well the best does on the dev rows, if there are some.
-    Raises ValueError if the folder holds another run, FloatingPointError if the loss is no number.
+    Raises ValueError if the folder holds another run, CheckpointError if another process is at work
+    in it, FloatingPointError if the loss is no number.
     """
     tuned = Tuned(scorer.model, scorer.prompt, full=settings.full)
     optimizer = _make_optimizer(tuned, settings)
     course = _Course(_copy(tuned))
     run.mkdir(parents=True, exist_ok=True)
-    start = load_state(run, tuned, optimizer, course.best, course.facts)
-    if course.facts.get("key", key) != key:
-        raise ValueError(
-            f"{run}: holds a run with other settings, data or model; name another folder with "
-            "--run, or delete it"
-        )
-    for name in ("score", "step", "waited"):
-        if start:
-            setattr(course, name, course.facts[f"best_{name}"])
-    metrics = Metrics(run / "metrics.jsonl", start)
-    with _gradients(scorer.model, full=settings.full):
+    with locked(run / LOCK, str(run)), _gradients(scorer.model, full=settings.full):
+        start = load_state(run, tuned, optimizer, course.best, course.facts)
+        if course.facts.get("key", key) != key:
+            raise ValueError(
+                f"{run}: holds a run with other settings, data or model; name another folder with "
+                "--run, or delete it"
+            )
+        for name in ("score", "step", "waited"):
+            if start:
+                setattr(course, name, course.facts[f"best_{name}"])
+        metrics = Metrics(run / "metrics.jsonl", start)
         for step in range(start, settings.steps):
             if _is_over(course, settings):
                 break

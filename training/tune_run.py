@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,14 +15,13 @@ from engine.adapters import Adapter, Slots, load_adapter, model_fingerprint
 from engine.checkpoint import find_tokenizer_files, save_model
 from engine.checkpoint_any import load_any
 from engine.config import ModelConfig
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.experts import load_offloaded
-from engine.model.initial import num_parameters
 from engine.model.transformer import Transformer
 from engine.model_paths import find_model
 from engine.prepare import prepare
 from engine.tokenizer import Tokenizer, open_tokenizer
-from training.growth_files import check_free, read_model_config
+from training.growth_files import check_free, count_parameters, read_model_config
 from training.process_memory import peak_memory
 from training.recipe import build_table, read_tables
 from training.task_eval import TaskReport, evaluate_task
@@ -31,6 +31,8 @@ from training.tune import OnStep, TuneData, TuneSettings, tune
 from training.tune_files import AdapterFacts, write_adapter
 from training.tune_model import Scorer, SoftPrompt, check_slots
 from training.tune_start import STARTS, find_losses, find_starts, start_prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ def run_tune(plan: TunePlan, on_step: OnStep = lambda _: None) -> Outcome:
         key = _key(plan, fingerprint)
         report = tune(scorer, TuneData(train, dev), task, settings, plan.run_folder, key, on_step)
         peak_bytes = peak_memory(model.embedding.weight.device)
-        total = num_parameters(model)
+        total = count_parameters(config)  # also of experts that lie in slots
         if report is not None and not settings.full and settings.mask == "full":
             prepare(model)  # the score is told as a server will find it
             report = evaluate_task(scorer, dev, task, settings.rows)
@@ -207,10 +209,18 @@ def _start(
     """The prompt to train, if any; of several the one of the least loss, with all losses."""
     prompts = {}
     for name, slots in starts.items():
-        prompts[name] = start_prompt(
-            name, slots, model, tokenizer, plan.task, examples, plan.settings.seed
-        )
+        try:
+            prompts[name] = start_prompt(
+                name, slots, model, tokenizer, plan.task, examples, plan.settings.seed
+            )
+        except CheckpointError as error:  # of another model, though of the same width
+            if len(starts) == 1:
+                raise
+            logger.warning("no start: %s", error)
+            continue
         prompts[name].mask = plan.settings.mask
+    if starts and not prompts:
+        raise ConfigError(f"{plan.settings.init}: holds no prompt of this model")
     losses = {}
     if len(prompts) > 1:
         losses = find_losses(prompts, model, tokenizer, plan.task, examples, plan.settings.rows)

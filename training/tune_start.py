@@ -5,6 +5,7 @@ Of several other prompts it is the one that does the new task best before it is 
 Shape letters: P vectors, D model width.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from engine.adapters import PEFT_CONFIG, Slots, load_adapter, model_fingerprint
 from engine.config import ModelConfig
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.model.transformer import Transformer
 from engine.tokenizer import Tokenizer
 from training.task_examples import Example, make_slots
 from training.task_readers import Ids
 from training.tasks import FIELD, Task
-from training.tune_model import Scorer, SoftPrompt, batches
+from training.tune_model import Scorer, SoftPrompt, batches, check_slots
+
+logger = logging.getLogger(__name__)
 
 STARTS = ("random", "text", "labels", "frequent")
 MOST_FREQUENT = 5000
@@ -36,8 +39,8 @@ def find_starts(
     """What a prompt may start from, with the slots that it would have.
 
     `start` is one of `STARTS`, the path of an adapter or of a directory of adapters. Of the latter
-    it is those with as many vectors as are asked for.
-    Raises ConfigError if there is none, CheckpointError for an adapter that cannot be read.
+    it is those with as many vectors as are asked for; a warning tells which do not fit the model.
+    Raises ConfigError if there is none, CheckpointError for a single one that cannot be read.
     """
     if start in STARTS:
         return {start: make_slots(task, tokenizer, *counts)}
@@ -48,17 +51,40 @@ def find_starts(
             f"{', '.join(STARTS)}"
         )
     below = sorted([*path.glob(f"*/{PEFT_CONFIG}"), *path.glob(f"*/*/{PEFT_CONFIG}")])
-    is_one = (path / PEFT_CONFIG).exists() or not below
+    if not below and not (path / PEFT_CONFIG).exists():
+        raise ConfigError(f"{path}: holds no adapter; give the folder of one, or of several")
+    if (path / PEFT_CONFIG).exists():
+        _, asked = _counts(path, config, counts)
+        return {start: make_slots(task, tokenizer, *asked)}
     found = {}
-    for one in [path] if is_one else [file.parent for file in below]:
-        slots = load_adapter(one, config, torch.float32).slots
-        own = (slots.front, slots.middle, slots.back)
-        asked = own if counts == (None, None, None) else tuple(count or 0 for count in counts)
-        if is_one or own == asked:
-            found[str(one)] = make_slots(task, tokenizer, *asked)
+    for one in (file.parent for file in below):
+        try:
+            own, asked = _counts(one, config, counts)
+            if own == asked:
+                slots = make_slots(task, tokenizer, *asked)
+                check_slots(slots, config)
+                found[str(one)] = slots
+        except (CheckpointError, ConfigError) as error:
+            logger.warning("no start: %s", error)
     if not found:
-        raise ConfigError(f"{path}: no prompt there has {asked} vectors in front, middle and back")
+        wanted = "that fits" if counts == (None, None, None) else f"with {_named(counts)}"
+        raise ConfigError(f"{path}: holds no prompt {wanted}")
     return found
+
+
+def _counts(adapter: Path, config: ModelConfig, counts: Counts) -> tuple[Counts, Counts]:
+    """Vectors that an adapter has, and those that are asked for."""
+    slots = load_adapter(adapter, config, torch.float32).slots
+    own = (slots.front, slots.middle, slots.back)
+    if counts == (None, None, None):
+        return own, own
+    front, middle, back = (count or 0 for count in counts)
+    return own, (front, middle, back)
+
+
+def _named(counts: Counts) -> str:
+    front, middle, back = (count or 0 for count in counts)
+    return f"{front} vectors in front, {middle} in the middle, {back} behind"
 
 
 @torch.no_grad()
