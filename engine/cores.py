@@ -54,6 +54,8 @@ def _quota(place: Place) -> float | None:
         else:
             quota = (place.directory / "cpu.cfs_quota_us").read_text().strip()
             period = (place.directory / "cpu.cfs_period_us").read_text()
-    except OSError:  # version 2 has none at its root, nor where the controller is off
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        # Version 2 has none at its root, nor where the controller is off; sandboxes imitate these
+        # files, more or less.
         return None
-    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -182,14 +182,16 @@ def _read_group(directory: Path, names: _Names, shown: Path) -> _Group | None:
         text = (directory / names.limit).read_text().strip()
         if text == "max":
             return None
+        limit_bytes = int(text)
         usage = int((directory / names.usage).read_text())
         stat = _table((directory / "memory.stat").read_text())
-    except OSError:
+    except (OSError, ValueError):  # sandboxes imitate these files, more or less
         return None
     cache = sum(stat.get(name, 0) for name in names.cache)
-    return _Group(f"the memory group /{shown}", int(text), int(text) - usage + cache)
+    return _Group(f"the memory group /{shown}", limit_bytes, limit_bytes - usage + cache)
 
 
 def _table(text: str) -> dict[str, int]:
     """Lines of a name and a number."""
-    return {line.split()[0]: int(line.split()[1]) for line in text.splitlines() if line.strip()}
+    rows = (line.split()[:2] for line in text.splitlines() if line.strip())
+    return {name: int(number) for name, number in rows}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -21,12 +22,16 @@ class ChunkSender:
     """Sends the messages of a reply; the pieces of a stream are written without the parser's help.
 
     To h11 each piece is an event for its state machine and a list of bytes to join, which takes as
-    long as all else that is done for a token.
+    long as all else that is done for a token. With a piece goes what was held before, the head: one
+    that waited would wait for all other streams that have a token in this turn of the event loop.
     """
 
-    def __init__(self, cycle: RequestResponseCycle, scope: Scope, send: Send) -> None:
+    def __init__(
+        self, cycle: RequestResponseCycle, scope: Scope, send: Send, flush: Callable[[], None]
+    ) -> None:
         self._cycle = cycle
         self._send = send
+        self._flush = flush
         self._may_chunk = scope["http_version"] == "1.1" and scope["method"] != "HEAD"
         self._is_chunked = False
 
@@ -43,6 +48,7 @@ class ChunkSender:
             await cycle.flow.drain()
         if body and not cycle.disconnected:
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+            self._flush()
 
     def _begins_chunks(self, message: Message) -> bool:
         if not self._may_chunk or message["type"] != "http.response.start":
@@ -129,7 +135,8 @@ class PatientProtocol(H11Protocol):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request; pieces of a stream go out by a shorter way."""
-        await self._served(scope, receive, ChunkSender(self.cycle, scope, send))
+        sender = ChunkSender(self.cycle, scope, send, self._corked.flush)
+        await self._served(scope, receive, sender)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request, but not for ever."""
@@ -139,7 +146,7 @@ class PatientProtocol(H11Protocol):
         # What is left of a reply when it has ended is the system's: it too must not wait for ever,
         # and a machine that is gone without a word acknowledges nothing.
         raw = transport.get_extra_info("socket")
-        if raw is None:
+        if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
             return
         # asyncio does so itself, but not where the listening socket was made by others. Without it
         # each piece but the first waits until the client has acknowledged the one before: 40 ms.
@@ -155,6 +162,11 @@ class PatientProtocol(H11Protocol):
             self._stop_head()
         elif self.cycle is None or self.cycle.response_complete:
             self._await_head()
+
+    def eof_received(self) -> None:
+        """The client sends no more: the transport closes itself, after what was written before."""
+        self._corked.flush()
+        super().eof_received()
 
     def on_response_complete(self) -> None:
         """The last piece of a reply is written: it goes out before the next request is read."""

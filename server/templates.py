@@ -7,28 +7,23 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from time import perf_counter, thread_time
 from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError, meta, nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-from jinja2.runtime import Context, markup_join, str_join
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import markup_join, str_join
 
 from engine.checkpoint_gguf import read_gguf_tokenizer_config
 from engine.errors import CheckpointError, RequestError
 from engine.model_paths import find_gguf
+from server.template_sandbox import TemplateCost, check_size, check_whole, make_environment
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 2**20
 MAX_CONFIG_BYTES = 2**26  # lists of added tokens can be long
-MAX_TEXT_CHARS = 2**22
-MAX_DATE_CHARS = 100
 MAX_TIME_S = 1.0
 MAX_DEPTH = 300  # calls within each other; compiling an ordinary template takes a hundred
 RESERVED = frozenset(
@@ -38,40 +33,6 @@ RESERVED = frozenset(
 TRACED = frozenset({"jinja2", "markupsafe"})
 JOINS = (str_join.__code__, markup_join.__code__)
 Plain = str | int | float | bool
-
-
-class TemplateCost(Exception):
-    """A template took too long, or made too much."""
-
-
-class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, in which no single operation makes more than a text may hold."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            check_size(len(left) + len(right))
-        elif operator == "*":
-            check_product(left, right)
-            check_product(right, left)
-        elif operator == "**" or (operator == "%" and isinstance(left, str)):
-            raise TemplateCost(f"the operator {operator} is not for templates")
-        return super().call_binop(context, operator, left, right)
-
-
-def check_size(num_chars: int) -> None:
-    """Raise TemplateCost if a text is too long."""
-    if num_chars > MAX_TEXT_CHARS:
-        raise TemplateCost("it makes too long a text")
-
-
-def check_product(items: object, times: object) -> None:
-    """Raise TemplateCost if so many times these would be too many, or too large a number."""
-    if isinstance(items, str | list | tuple) and isinstance(times, int):
-        check_size(len(items) * max(times, 0))
-    if isinstance(items, int) and items.bit_length() > 1024:
-        raise TemplateCost("it makes too large a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,47 +89,6 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def make_environment() -> BoundedSandbox:
-    """A fresh sandbox; templates must leave nothing to each other."""
-    environment = BoundedSandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, GenerationTag]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    environment.filters["tojson"] = to_json
-    for name in ("format", "center", "indent", "random", "pprint", "urlize", "wordwrap"):
-        environment.filters.pop(name, None)  # widths may be as large as memory
-    return environment
-
-
-class GenerationTag(Extension):
-    """The block `generation`, with which templates mark answers for training: its content alone."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands in the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def strftime_now(form: object) -> str:
-    """Today's date, which some templates tell the model."""
-    if len(text := str(form)) > MAX_DATE_CHARS:
-        raise TemplateCost("it makes too long a date")
-    return datetime.now().astimezone().strftime(text)
-
-
-def raise_exception(message: object) -> None:
-    """What templates call when roles are out of order."""
-    raise TemplateError(str(message))
-
-
-def to_json(value: object, indent: int | None = None) -> str:
-    """JSON as it is, without the escapes for HTML that Jinja's own filter makes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent and min(indent, 8))
-
-
 def within(max_time_s: float, work: Callable[[], str]) -> str:
     """Result of `work`, whose every line in this thread looks at its own processor time.
 
@@ -187,7 +107,7 @@ def within(max_time_s: float, work: Callable[[], str]) -> str:
         if perf_counter() > end_s and thread_time() > own_end_s:  # the first one is cheap
             raise TemplateCost("it takes too long")
         if event == "call" and frame.f_code in JOINS:  # the operator ~, which is not intercepted
-            check_size(sum(len(part) for part in frame.f_locals["seq"] if isinstance(part, str)))
+            check_whole(frame.f_locals["seq"])
         return trace
 
     before = sys.gettrace()

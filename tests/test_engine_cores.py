@@ -83,6 +83,27 @@ def test_without_a_quota_all_cores_count_that_are_allowed(tmp_path, version):
     assert usable_cores(root) == 64
 
 
+@pytest.mark.parametrize("content", ["", "max\n", "a b\n", "1 2 3\n", "100000 0\n"])
+def test_a_quota_that_is_none_counts_as_none(tmp_path, content):
+    root = machine(tmp_path, 2)
+    limit(root, 2, "a", 3)
+    limit(root, 2, "a/b")
+    (root / BASE[2] / "a/b/cpu.max").write_text(content)
+    assert usable_cores(root) == 3
+
+
+def test_a_group_outside_of_the_namespace_and_a_hybrid_of_both_versions(tmp_path):
+    root = machine(tmp_path, 2)
+    (root / "proc/self/cgroup").write_text("0::/../a/b\n")
+    limit(root, 2, "", 5)
+    assert usable_cores(root) == 5
+    (root / "proc/self/cgroup").write_text("1:name=systemd:/u\n3:cpu,cpuacct:/a/b\n0::/u\n")
+    (root / "proc/self/mountinfo").write_text(MOUNTS[2] + MOUNTS[1])
+    assert usable_cores(root) == 64
+    limit(root, 1, "a/b", 2)
+    assert usable_cores(root) == 2
+
+
 def test_a_container_sees_its_own_group_as_the_root(tmp_path):
     root = machine(tmp_path, 2)
     (root / "proc/self/cgroup").write_text("0::/\n")

@@ -110,6 +110,17 @@ def test_groups_that_are_not_mounted_or_cannot_be_read_are_passed_over(tmp_path)
     assert host_memory(root).limit_bytes == 16 * GIB
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("file", ["limit", "stat"])
+def test_a_group_whose_files_are_odd_is_passed_over(tmp_path, version, file):
+    root = machine(tmp_path, version)
+    group(root, version, "a", 8 * GIB)
+    group(root, version, "a/b", 2 * GIB)
+    names = {"limit": {1: "memory.limit_in_bytes", 2: "memory.max"}[version], "stat": "memory.stat"}
+    (root / BASE[version] / "a/b" / names[file]).write_text("word\n")
+    assert host_memory(root).limit_bytes == 8 * GIB
+
+
 def test_an_overfull_group_has_nothing_left(tmp_path):
     root = machine(tmp_path, 2)
     group(root, 2, "a/b", GIB, usage=2 * GIB)

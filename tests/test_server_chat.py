@@ -1,6 +1,8 @@
 """POST /v1/chat/completions: turns for the encoder, templates in their sandbox, chunks."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -12,7 +14,8 @@ from server.app import create_app
 from server.chat import join_turns
 from server.schemas_chat import ChatRequest, Message
 from server.settings import Settings
-from server.templates import ChatTemplate, TemplateCost, read_template, within
+from server.template_sandbox import TemplateCost
+from server.templates import ChatTemplate, read_template, within
 from tests.fakes import FakeEngine, finished, hello, live_server
 from tests.test_server_completions import error_of, events_of, usage_of
 
@@ -50,6 +53,14 @@ def test_reply_has_the_shape_of_openai():
 def test_content_is_never_null():
     engine = FakeEngine(lambda request: [finished(request)])
     assert post(engine, {}).json()["choices"][0]["message"]["content"] == ""
+
+
+def test_a_limit_that_nobody_names_leaves_room_for_what_answers_begin_with():
+    engine = FakeEngine()
+    engine.config = replace(engine.config, max_model_len=20, answer_begin_ids=(70, 71))
+    assert post(engine, {}).status_code == 200
+    (request,) = engine.submitted
+    assert (request.decoder_ids, request.params.max_tokens) == ((70, 71), 18)
 
 
 def test_turns_are_joined_where_there_is_no_template():
@@ -259,6 +270,25 @@ def test_template_that_is_a_directory(tmp_path):
         "{% set n = namespace(t=9) %}{% for i in range(40) %}{% set n.t = n.t * n.t %}{% endfor %}",
         "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
         "{{ 'a'|center(100000000) }}",
+        "{{ 'a'.ljust(100000000)|length }}",
+        "{{ '{:>100000000}'.format('a')|length }}",
+        "{{ ['a'.zfill(100000000)]|length }}",
+        "{{ ('a' * 100000).replace('a', 'b' * 1000)|length }}",
+        "{{ ('a' * 100000)|replace('a', 'b' * 1000)|length }}",
+        "{{ ('b' * 1000).join([''] * 100000)|length }}",
+        "{{ ([''] * 100000)|join('b' * 1000)|length }}",
+        "{{ (['a' * 100000] * 1000)|join|length }}",
+        "{{ ([''] * 4000000)|join|length }}",
+        "{{ (['a' * 100000] * 1000)|string|length }}",
+        "{{ (['a' * 100000] * 1000)|tojson|length }}",
+        "{{ ['a' * 100000] * 1000 }}",
+        "{{ ('' ~ (['a' * 100000] * 1000))|length }}",
+        "{{ {'a': ['a' * 100000] * 1000} }}",
+        "{% set n = namespace(t=[1]) %}{% for i in range(25) %}{% set n.t = [n.t, n.t] %}"
+        "{% endfor %}{{ n.t|string|length }}",
+        "{{ [1]|batch(100000000, 0)|list|length }}",
+        "{{ 3|round(-100000000) }}",
+        "{{ ([[0] * 1000] * 1000)|sum(start=[])|length }}",
         "{{ messages[7].content.x }}",
         "{{ 1 / 0 }}",
         "{{ 1 + 'a' }}",
@@ -271,6 +301,26 @@ def test_hostile_templates_are_refused(source):
     with pytest.raises(RequestError, match="chat template") as caught:
         render(source)
     assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 'a-b-c'.replace('-', '+') }}{{ 'a-b-c'|replace('-', '', 1) }}", "a+b+cab-c"),
+        ("{{ ', '.join(['a', 'b']) }}{{ [1, 2]|join('/') }}{{ [1]|join }}", "a, b1/21"),
+        ("{{ messages|join(', ', attribute='role') }}", "user"),
+        ("{{ [1, 2.5]|sum }}{{ [{'a': 2}]|sum(attribute='a') }}", "3.52"),
+        ("{{ 2.345|round(1) }}{{ 2.5|round|int }}{{ [1, 'a']|string }}", "2.32[1, 'a']"),
+        (
+            "{% macro f(context, function) %}{{ context }}{{ function }}{% endmacro %}"
+            "{{ f(function=1, context=2) }}",
+            "21",
+        ),
+        ("{{ messages }}{{ none }}{{ {'a': 1} }}", f"{[dict(USER)]}None{{'a': 1}}"),
+    ],
+)
+def test_what_is_bounded_is_as_it_was(source, text):
+    assert render(source) == text
 
 
 def test_template_without_an_end():
@@ -294,6 +344,12 @@ def test_the_clock_spares_what_is_not_the_template():
     with pytest.raises(TemplateCost, match="takes too long"):
         within(0.0, work)
     assert called == [True]
+
+
+def test_time_in_which_others_have_the_processor_is_not_a_template_s(monkeypatch):
+    hours = itertools.count(step=3600.0)
+    monkeypatch.setattr("server.templates.perf_counter", lambda: next(hours))
+    assert render("{% for a in range(9) %}{{ a }}{% endfor %}", max_time_s=300.0) == "012345678"
 
 
 def test_what_a_template_may_use():

@@ -284,6 +284,107 @@ def test_no_piece_waits_for_the_one_before_to_be_acknowledged():
     assert found == [1]
 
 
+def test_what_was_written_before_a_client_closed_its_side_is_sent():
+    """The transport then closes itself, and not what is corked around it."""
+
+    class Late(PatientProtocol):
+        def eof_received(self):
+            self.transport.write(b"5\r\nmeant\r\n")  # as a task does in this turn, just before
+            super().eof_received()
+
+    async def begin(scope, receive, send):
+        await receive()
+        await send(START)
+        await send(PIECE)
+        await receive()  # until the client is gone
+
+    with serving(begin, Late) as address, connection(address) as client:
+        client.sendall(REQUEST)
+        received = client.recv(1000)
+        client.shutdown(socket.SHUT_WR)
+        while part := client.recv(1000):
+            received += part
+    assert b"5\r\nmeant\r\n" in received
+
+
+def test_what_is_written_before_a_silence_is_there_during_it():
+    """On one connection: leave to send a body, a first piece, and all again after a reply."""
+    go_on = threading.Event()
+
+    async def speak(scope, receive, send):
+        assert (await receive())["body"] == b"question"
+        await send(START)
+        await send(PIECE)
+        while not go_on.is_set():  # noqa: ASYNC110  another thread sets it
+            await asyncio.sleep(0.01)
+        go_on.clear()
+        await send(PIECE)
+        await send(END)
+
+    def read_to(client, end):
+        received = b""
+        while not received.endswith(end):
+            part = client.recv(1000)
+            assert part, received
+            received += part
+        return received
+
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\nexpect: 100-continue\r\n\r\n"
+    with serving(speak) as address, connection(address) as client:
+        for _ in range(2):
+            client.sendall(head)
+            assert read_to(client, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+            client.sendall(b"question")
+            assert read_to(client, b"\r\n5\r\npiece\r\n").startswith(b"HTTP/1.1 200 ")
+            go_on.set()
+            assert read_to(client, b"0\r\n\r\n") == b"5\r\npiece\r\n3\r\nend\r\n0\r\n\r\n"
+
+
+def test_a_piece_waits_for_nothing_else_that_is_done_in_its_turn():
+    has_come, told = threading.Event(), []
+
+    async def speak(scope, receive, send):
+        await send(START)
+        for _ in range(2):
+            await send(PIECE)
+            told.append(has_come.wait(20))  # no other task runs meanwhile
+            has_come.clear()
+        await send(END)
+
+    with serving(speak) as address, connection(address) as client:
+        client.sendall(REQUEST)
+        for _ in range(2):
+            received = b""
+            while not received.endswith(b"5\r\npiece\r\n"):
+                received += client.recv(1000)
+            has_come.set()
+        assert client.recv(1000)
+    assert told == [True, True]
+
+
+def test_a_socket_of_the_file_system_serves_too(tmp_path, caplog):
+    """It has no options of TCP."""
+    config = uvicorn.Config(
+        Flood(is_endless=False), http=PatientProtocol, lifespan="off", ws="none", log_config=None
+    )
+    server = uvicorn.Server(config)
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            client.settimeout(300)
+            client.connect(path)
+            client.sendall(REQUEST)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        finally:
+            server.should_exit = True
+            thread.join()
+    assert not caplog.records
+
+
 START = {"type": "http.response.start", "status": 200, "headers": []}
 PIECE = {"type": "http.response.body", "body": b"piece", "more_body": True}
 END = {"type": "http.response.body", "body": b"end"}
