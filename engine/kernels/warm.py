@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 from numba import types
 
@@ -34,8 +33,8 @@ def compile_work() -> None:
     signature = (types.int64,) * 3
     try:
         work.compile(signature)  # type: ignore[attr-defined]  # a dispatcher
-    except (EOFError, UnpicklingError) as error:
-        logger.warning("compiled kernels are damaged, and are compiled anew: %s", error)
+    except Exception as error:  # noqa: BLE001  what a damaged file gives is anything
+        logger.warning("compiled kernels are damaged, and are compiled anew: %r", error)
         for index in Path(cache_directory()).rglob("*.nbi"):
             index.unlink(missing_ok=True)
         work.compile(signature)  # type: ignore[attr-defined]
