@@ -17,17 +17,30 @@ def lock_directory(directory: Path) -> int:
     """
     while True:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / LOCK
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = lock_file(directory / LOCK)
         except BlockingIOError as error:
-            os.close(handle)
             raise CheckpointError(
                 f"{directory}: is being written by another conversion; wait for its end, or choose "
                 "another directory"
             ) from error
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return handle
-        os.close(handle)  # the owner was about to end and has renamed the directory: once more
+        if handle is not None:
+            return handle
+
+
+def lock_file(path: Path) -> int | None:
+    """Lock a file, which is made; None if its owner took it away meanwhile: try again.
+
+    Returns a file handle; closing it unlocks. Raises BlockingIOError if somebody else holds it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    with suppress(FileNotFoundError):
+        if path.stat().st_ino == os.fstat(handle).st_ino:
+            return handle
+    os.close(handle)
+    return None

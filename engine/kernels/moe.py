@@ -4,6 +4,7 @@ Shape letters: R rows, D model width, F feed-forward width, E experts, K experts
 pairs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -83,7 +84,7 @@ class SweepBuffers(MixtureBuffers):
         self.shared_hidden = make_panels(rows if config.shared_d_ff else 0, config.shared_d_ff)
 
 
-class Mixture:
+class Mixture(ABC):
     """One MoE layer. The choice of experts is added to a program at once.
 
     How experts are multiplied is left to `add_parts` and `add_shared`.
@@ -140,17 +141,17 @@ class Mixture:
             row[ops.R_SHARED_GATE] = builder.address(layer.shared_gate.weight)
             row[ops.R_SHARED] = builder.address(buffers.shared_gates)
 
+    @abstractmethod
     def add_parts(self) -> None:
         """Add rows to their places, and both halves of experts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_shared(self, layer: TopKLayer) -> None:
         """Add the expert that all rows go through."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scratch_bytes(self, rows: int) -> int:
         """What a thread needs for the parts."""
-        raise NotImplementedError
 
     def add_experts(self, experts: ResidentExperts) -> None:
         """Let the program compute experts that are in memory."""
